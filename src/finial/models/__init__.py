@@ -1,0 +1,1 @@
+"""Models written as graphs; knows no backend and no file."""
