@@ -61,11 +61,12 @@ def build_graph(config: ModelConfig, kv_dtype: str = "bf16") -> Graph:
         if config.head_norm:
             queries = norm(queries, f"{prefix}.self_attn.q_norm")
             keys = norm(keys, f"{prefix}.self_attn.k_norm")
+        queries, keys = rope(queries), rope(keys)
         cache = graph.state(f"kv.{index}", ("S", 2, config.num_kv_heads, config.head_dim), kv_dtype)
-        cache = graph.apply("cache_write", cache, rope(keys), values, step["slots"])
+        cache = graph.apply("cache_write", cache, keys, values, step["slots"])
         context = graph.apply(
             "attention",
-            rope(queries),
+            queries,
             cache,
             *(step[name] for name in ("positions", "starts", "lengths", "pages")),
             head_dim=config.head_dim,

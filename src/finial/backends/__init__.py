@@ -1,0 +1,84 @@
+"""The table of backends, and what a backend is.
+
+A backend reads a graph and never meets the code that wrote it.  It says which nodes it runs, and
+compiles a whole graph (or a segment of one) into a program whose `run` is one call per step.
+
+    program = get_backend("cpu").compile(graph, weights)
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from finial.errors import BackendError
+from finial.formats import Tensor
+from finial.graph import Graph, Node
+
+
+class State(Protocol):
+    """The cache of one program: what its graph's state values hold."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved."""
+
+
+class Program(Protocol):
+    """A compiled graph."""
+
+    def new_state(self, pages: int, page_size: int) -> Any:
+        """A zeroed cache of pages · page_size slots for every state of the graph.
+
+        Raises:
+            BackendError: not enough memory; names the bytes asked for.
+        """
+
+    def run(self, feeds: Mapping[str, np.ndarray], state: Any) -> list[np.ndarray]:
+        """One step: arrays by input name in, the graph's outputs in order out (fresh arrays, float32).
+
+        Raises:
+            BackendError: feeds that point outside the vocabulary, the cache or themselves.
+        """
+
+
+class Backend(Protocol):
+    """A device and the operations it has."""
+
+    name: str
+
+    def supports(self, graph: Graph, node: Node) -> bool:
+        """Whether this backend runs this node as it stands."""
+
+    def compile(self, graph: Graph, weights: Mapping[str, Tensor]) -> Program:
+        """A program for a graph whose nodes are all supported.
+
+        Args:
+            weights: a tensor for each weight value of the graph, by name.
+        """
+
+
+# name a user types -> module that has `create(threads: int | None) -> Backend`
+BACKENDS: dict[str, str] = {
+    "cpu": "finial.backends.cpu",
+    "reference": "finial.backends.reference",
+}
+
+
+def get_backend(name: str, threads: int | None = None) -> Backend:
+    """The backend of that name.
+
+    Args:
+        threads: CPU threads; None: the backend's choice.
+    Raises:
+        BackendError: no such backend, or one that cannot work on this machine (says why).
+    """
+    if name not in BACKENDS:
+        raise BackendError(f"no backend {name!r}", fix=f"choose one of: auto, {', '.join(BACKENDS)}")
+    if threads is not None and not 1 <= threads <= 1024:
+        raise BackendError(f"threads is {threads}", fix="ask for 1 to 1024")
+    backend: Backend = importlib.import_module(BACKENDS[name]).create(threads)
+    return backend

@@ -1,0 +1,190 @@
+"""Every operation in plain float32 NumPy: the definition that all other backends are held against.
+
+Written to be read, not to be fast.  Weights are decoded to float32; a cache value is rounded to its
+state's dtype when it is written.  See `graph.OPS` for the shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from finial.errors import BackendError
+from finial.formats import Tensor
+from finial.graph import Graph, Node
+
+F32 = np.float32
+
+
+def embed(tokens: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """weight[tokens]: [T], [V, D] -> [T, D]."""
+    return weight[tokens]
+
+
+def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """x · weightᵀ + bias: [N, I], [O, I], [O] -> [N, O]."""
+    out = x @ weight.T
+    return out if bias is None else out + bias
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """Each group of len(weight) values divided by its root mean square (Zhang & Sennrich 2019, eq. 4)."""
+    groups = x.reshape(len(x), -1, len(weight))
+    mean_square = np.mean(groups * groups, axis=-1, keepdims=True, dtype=F32)
+    return (groups / np.sqrt(mean_square + F32(eps)) * weight).reshape(x.shape)
+
+
+def rope(x: np.ndarray, positions: np.ndarray, frequencies: np.ndarray, head_dim: int, scale: float) -> np.ndarray:
+    """Rotary embedding with half-split pairs (i, i + head_dim/2), as transformers' `rotate_half`."""
+    angles = positions.astype(F32)[:, None] * frequencies
+    cos, sin = (np.cos(angles) * F32(scale))[:, None], (np.sin(angles) * F32(scale))[:, None]
+    heads = x.reshape(len(x), -1, head_dim)
+    first, second = heads[..., : head_dim // 2], heads[..., head_dim // 2 :]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).reshape(x.shape)
+
+
+def cache_write(cache: Cache, keys: np.ndarray, values: np.ndarray, slots: np.ndarray) -> Cache:
+    """cache[slots] = keys, values, rounded to the cache's dtype; [T, heads · head_dim] each."""
+    for which, rows in enumerate((keys, values)):
+        rounded = Tensor.from_array(rows, cache.dtype).decode()
+        cache.data[slots, which] = rounded.reshape(len(rows), *cache.data.shape[2:])
+    return cache
+
+
+def attention(
+    queries: np.ndarray,
+    cache: Cache,
+    positions: np.ndarray,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    pages: np.ndarray,
+    head_dim: int,
+    num_kv_heads: int,
+    scale: float,
+    window: int | None,
+) -> np.ndarray:
+    """Scaled dot-product attention of each row over its own sequence's past and itself; no GQA expansion.
+
+    Head h of the queries reads key/value head h // (heads / num_kv_heads).
+    """
+    out = np.empty_like(queries)
+    for b, length in enumerate(lengths):
+        at = np.arange(length)
+        slots = pages[b, at // cache.page_size] * cache.page_size + at % cache.page_size
+        for t in range(starts[b], starts[b + 1]):
+            low = 0 if window is None else max(0, positions[t] - window + 1)
+            seen = slots[low : positions[t] + 1]
+            keys, values = cache.data[seen, 0], cache.data[seen, 1]  # [n, kv_heads, head_dim]
+            grouped = queries[t].reshape(num_kv_heads, -1, head_dim)  # [kv_heads, group, head_dim]
+            scores = np.einsum("kgd,nkd->kgn", grouped, keys) * F32(scale)
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            weights /= weights.sum(axis=-1, keepdims=True)
+            out[t] = np.einsum("kgn,nkd->kgd", weights, values).reshape(-1)
+    return out
+
+
+def silu_mul(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """gate · sigmoid(gate) · up (Shazeer 2020, arXiv:2002.05202, SwiGLU without its matrices)."""
+    with np.errstate(over="ignore"):  # exp(-gate) may reach infinity: the quotient is then 0, as it should be
+        return gate / (F32(1) + np.exp(-gate)) * up
+
+
+def add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a + b."""
+    return a + b
+
+
+def select_rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """x[rows]."""
+    return x[rows]
+
+
+_OPS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (embed, linear, rms_norm, rope, cache_write, attention, silu_mul, add, select_rows)
+}
+
+
+@dataclass
+class Cache:
+    """One layer's keys and values, float32 [slots, 2, heads, head_dim] holding values of `dtype`."""
+
+    data: np.ndarray
+    dtype: str
+    page_size: int
+
+
+class ReferenceState(dict[str, Cache]):
+    """Caches by state name."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all caches as held here (float32 whatever the dtype)."""
+        return sum(cache.data.nbytes for cache in self.values())
+
+
+class ReferenceProgram:
+    """Runs the nodes one after another."""
+
+    def __init__(self, graph: Graph, weights: Mapping[str, Tensor]) -> None:
+        self._graph = graph
+        self._weights = {value.name: weights[value.name].decode() for value in graph.of_kind("weight")}
+
+    def new_state(self, pages: int, page_size: int) -> ReferenceState:
+        """See `Program.new_state`."""
+        try:
+            return ReferenceState(
+                {
+                    value.name: Cache(np.zeros((pages * page_size, *value.shape[1:]), F32), value.dtype, page_size)
+                    for value in self._graph.of_kind("state")
+                }
+            )
+        except MemoryError as error:
+            raise BackendError(
+                f"no memory for {pages * page_size:,} cache positions", fix="ask for a smaller --max-context"
+            ) from error
+
+    def run(self, feeds: Mapping[str, np.ndarray], state: ReferenceState) -> list[np.ndarray]:
+        """See `Program.run`."""
+        self._check(feeds, state)
+        values: dict[str, Any] = {**self._weights, **feeds, **state}
+        for node in self._graph.nodes:
+            values[node.outputs[0]] = _OPS[node.op](*(values[name] for name in node.inputs), **node.attrs)
+        return [values[name] for name in self._graph.outputs]
+
+
+    def _check(self, feeds: Mapping[str, np.ndarray], state: ReferenceState) -> None:
+        """Indices that NumPy would wrap or read past the end of are errors here, named."""
+        slots = min((len(cache.data) for cache in state.values()), default=0)
+        tables = {"embed": "tokens", "cache_write": "slots", "select_rows": "wanted"}
+        for node in self._graph.nodes:
+            name = tables.get(node.op)
+            if name is None or name not in node.inputs:
+                continue
+            rows = len(feeds["tokens"]) if name == "wanted" else slots
+            limit = len(self._weights[node.inputs[1]]) if name == "tokens" else rows
+            bad = feeds[name][(feeds[name] < 0) | (feeds[name] >= limit)]
+            if len(bad):
+                raise BackendError(f"step input {name} holds {bad[0]}, expected 0 to {limit - 1}")
+
+
+class ReferenceBackend:
+    """See the module."""
+
+    name = "reference"
+
+    def supports(self, graph: Graph, node: Node) -> bool:
+        """All operations of the table."""
+        return node.op in _OPS
+
+    def compile(self, graph: Graph, weights: Mapping[str, Tensor]) -> ReferenceProgram:
+        """Weights are decoded to float32 here: 4 bytes an element."""
+        return ReferenceProgram(graph, weights)
+
+
+def create(threads: int | None) -> ReferenceBackend:
+    """The backend; NumPy chooses its own threads."""
+    return ReferenceBackend()
