@@ -19,7 +19,8 @@ QUANTISED = [name for name, row in FORMATS.items() if row.block > 1]
 
 # Where the f16 scales of a block sit, in bytes: random bytes there could be infinities or NaNs.
 SCALES = {
-    "q8_0": [0], "q4_0": [0], "q4_1": [0, 2], "q5_0": [0], "q5_1": [0, 2], "q4_k": [0, 2], "q5_k": [0, 2], "q6_k": [208],
+    "q8_0": [0], "q4_0": [0], "q4_1": [0, 2], "q5_0": [0], "q5_1": [0, 2],
+    "q4_k": [0, 2], "q5_k": [0, 2], "q6_k": [208],
 }  # fmt: skip
 
 
@@ -213,7 +214,7 @@ def test_values_beyond_a_format_are_refused(name: str, value: float) -> None:
 
 
 def test_half_floats_refuse_overflow_and_keep_infinities() -> None:
-    with pytest.raises(ModelError, match="70000.*f16.*65504"):
+    with pytest.raises(ModelError, match=r"70000.*f16.*65504"):
         Tensor.from_array(np.array([1, 70000], np.float32), "f16")
     assert Tensor.from_array(np.array([65504, -np.inf], np.float32), "f16").decode().tolist() == [65504, -np.inf]
 

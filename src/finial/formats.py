@@ -5,7 +5,7 @@ Knows nothing of files, models or devices: a `Tensor` is a shape, a format's nam
     Tensor.from_array(weight, "q8_0").decode()
 
 Layouts and rounding are ggml's (ggml-common.h `block_q*`, ggml-quants.c `quantize_row_*_ref` and `dequantize_row_*`),
-so that bytes and decoded values are bit-equal to what llama.cpp's own tools read and write.  Everything is little-endian.
+so that bytes and decoded values are bit-equal to what llama.cpp's own tools read and write.  All of it little-endian.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Format:
 
     @property
     def bits_per_weight(self) -> float:
+        """Bits of storage per element, scales included."""
         return 8 * self.block_bytes / self.block
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
@@ -220,9 +221,9 @@ def _encode_q4_0(values: Floats) -> Bytes:
 def _k_scales(blocks: Bytes) -> tuple[Floats, Floats]:
     """Scales and minimums of the eight groups of a q4_k or q5_k block: float32 [n, 8, 1] each.
 
-    Bytes 4..16 hold eight 6-bit scales and eight 6-bit minimums.  Scales 0-3 are the low six bits of bytes 0-3, minimums
-    0-3 those of bytes 4-7; of scales and minimums 4-7 the low four bits are the nibbles of bytes 8-11 and the high two
-    bits are the top bits of bytes 0-3 and 4-7 (ggml-quants.c `get_scale_min_k4`).
+    Bytes 4..16 hold eight 6-bit scales and eight 6-bit minimums.  Scales 0-3 are the low six bits of bytes 0-3,
+    minimums 0-3 those of bytes 4-7; of scales and minimums 4-7 the low four bits are the nibbles of bytes 8-11 and the
+    high two bits are the top bits of bytes 0-3 and 4-7 (ggml-quants.c `get_scale_min_k4`).
     """
     first, second, third = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = np.concatenate([first & 63, (third & 15) | ((first >> 6) << 4)], axis=1)
@@ -323,6 +324,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes stored."""
         return int(self.data.size)
 
     @property
@@ -384,7 +386,7 @@ class Tensor:
             yield values
 
     def rows(self, index: NDArray[Any]) -> Tensor:
-        """A new tensor with the rows `index` (integers [n], first axis) picked in that order; copies bytes, decodes nothing.
+        """A new tensor with the rows `index` (integers [n], first axis) in that order; copies bytes, decodes nothing.
 
         ModelError when a row is not whole blocks, as in a one-dimensional block-quantised tensor.
         """
