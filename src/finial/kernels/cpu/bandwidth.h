@@ -1,0 +1,12 @@
+// The machine's read bandwidth: what a decode step is measured against.
+#pragma once
+
+#include <cstdint>
+
+namespace finial {
+
+// Fastest of as many passes as fit into `seconds` (at least 3) over a buffer of `bytes`, each thread reading its own
+// contiguous part with the widest loads, large pages where the system grants them. In 1e9 bytes per second.
+double read_bandwidth(int threads, int64_t bytes, double seconds);
+
+}  // namespace finial

@@ -1,0 +1,161 @@
+// Finds what the CPU can do (CPUID leaves 1 and 7, and XCR0 for what the operating system saves) and picks the kernels.
+// Bit positions: Intel SDM volume 2A, table 3-8 and "CPUID leaf 07H"; AMD APM volume 3, appendix E.
+#include "isa.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+#include "kernels.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define FINIAL_X86 1
+#if defined(_MSC_VER)
+#include <immintrin.h>
+#include <intrin.h>
+#else
+#include <cpuid.h>
+#endif
+#endif
+
+namespace finial {
+
+#ifdef FINIAL_HAS_baseline
+namespace baseline {
+extern const Kernels kernels;
+}
+#endif
+#ifdef FINIAL_HAS_avx2
+namespace avx2 {
+extern const Kernels kernels;
+}
+#endif
+#ifdef FINIAL_HAS_avx512
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+struct Features {
+  bool avx2 = false, fma = false, f16c = false;
+  bool avx512f = false, avx512bw = false, avx512vl = false, avx512dq = false, avx512_bf16 = false, avx512_vnni = false;
+};
+
+#ifdef FINIAL_X86
+void cpuid(unsigned leaf, unsigned sub, unsigned (&r)[4]) {
+#if defined(_MSC_VER)
+  int out[4];
+  __cpuidex(out, static_cast<int>(leaf), static_cast<int>(sub));
+  for (int i = 0; i < 4; ++i) r[i] = static_cast<unsigned>(out[i]);
+#else
+  r[0] = r[1] = r[2] = r[3] = 0;
+  __get_cpuid_count(leaf, sub, &r[0], &r[1], &r[2], &r[3]);
+#endif
+}
+
+unsigned long long saved_state() {  // XCR0
+#if defined(_MSC_VER)
+  return _xgetbv(0);
+#else
+  unsigned low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<unsigned long long>(high) << 32) | low;
+#endif
+}
+#endif
+
+Features detect() {
+  Features f;
+#ifdef FINIAL_X86
+  unsigned one[4], seven[4], seven_one[4];
+  cpuid(1, 0, one);
+  auto bit = [](unsigned word, int at) { return ((word >> at) & 1u) != 0; };
+  if (!bit(one[2], 27)) return f;  // OSXSAVE
+  const unsigned long long state = saved_state();
+  const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xE6) == 0xE6;
+  cpuid(7, 0, seven);
+  cpuid(7, 1, seven_one);
+  f.fma = ymm && bit(one[2], 12);
+  f.f16c = ymm && bit(one[2], 29);
+  f.avx2 = ymm && bit(seven[1], 5);
+  f.avx512f = zmm && bit(seven[1], 16);
+  f.avx512dq = zmm && bit(seven[1], 17);
+  f.avx512bw = zmm && bit(seven[1], 30);
+  f.avx512vl = zmm && bit(seven[1], 31);
+  f.avx512_vnni = zmm && bit(seven[2], 11);
+  f.avx512_bf16 = zmm && bit(seven_one[0], 5);
+#endif
+  return f;
+}
+
+const Features& features() {
+  static const Features found = detect();
+  return found;
+}
+
+struct Choice {
+  const Kernels* kernels;
+  bool supported;
+};
+
+std::vector<Choice> choices() {  // slowest first
+  std::vector<Choice> list;
+  const Features& f = features();
+  (void)f;
+#ifdef FINIAL_HAS_baseline
+  list.push_back({&baseline::kernels, true});
+#endif
+#ifdef FINIAL_HAS_avx2
+  list.push_back({&avx2::kernels, f.avx2 && f.fma && f.f16c});
+#endif
+#ifdef FINIAL_HAS_avx512
+  list.push_back({&avx512::kernels, f.avx2 && f.fma && f.f16c && f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq &&
+                                        f.avx512_bf16 && f.avx512_vnni});
+#endif
+  return list;
+}
+
+}  // namespace
+
+std::vector<std::pair<std::string, bool>> cpu_features() {
+  const Features& f = features();
+  return {{"avx2", f.avx2},
+          {"fma", f.fma},
+          {"f16c", f.f16c},
+          {"avx512f", f.avx512f},
+          {"avx512bw", f.avx512bw},
+          {"avx512vl", f.avx512vl},
+          {"avx512dq", f.avx512dq},
+          {"avx512_bf16", f.avx512_bf16},
+          {"avx512_vnni", f.avx512_vnni}};
+}
+
+std::vector<std::string> isas_available() {
+  std::vector<std::string> names;
+  for (const Choice& c : choices())
+    if (c.supported) names.push_back(c.kernels->name);
+  return names;
+}
+
+const Kernels* find_kernels(const char* isa) {
+  std::string wanted = isa, from = "isa";
+  if (wanted.empty()) {
+    const char* variable = std::getenv("FINIAL_CPU_ISA");
+    if (variable != nullptr) wanted = variable, from = "FINIAL_CPU_ISA";
+  }
+  const Kernels* best = nullptr;
+  std::string known;
+  for (const Choice& c : choices()) {
+    if (c.supported) best = c.kernels;
+    if (c.supported) known += std::string(known.empty() ? "" : ", ") + c.kernels->name;
+    if (wanted == c.kernels->name && c.supported) return c.kernels;
+  }
+  if (!wanted.empty())
+    throw std::runtime_error(from + "=" + wanted + " is not an instruction set of this CPU and build, which have " +
+                             known);
+  return best;
+}
+
+}  // namespace finial

@@ -1,0 +1,82 @@
+// The table of kernels that each instruction set fills in, and the shapes they agree on.
+//
+// Every kernel is sequential: it works on the range of items that one thread was given. Which thread takes which range
+// never changes a result, because an item's arithmetic depends on that item alone. All activations are float32.
+#pragma once
+
+#include <cstdint>
+
+namespace finial {
+
+// Weight formats, in the order of FORMATS in formats.py (which defines the byte layouts).
+enum class Format : int { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, COUNT };
+
+struct FormatInfo {
+  const char* name;
+  int block;        // elements
+  int block_bytes;  // bytes
+};
+
+inline constexpr FormatInfo FORMATS[] = {
+    {"f32", 1, 4},    {"f16", 1, 2},    {"bf16", 1, 2},     {"q8_0", 32, 34},   {"q4_0", 32, 18},   {"q4_1", 32, 20},
+    {"q5_0", 32, 22}, {"q5_1", 32, 24}, {"q4_k", 256, 144}, {"q5_k", 256, 176}, {"q6_k", 256, 210},
+};
+
+struct Linear {
+  const uint8_t* weight;  // [n_out, n_in] in `format`, rows row_bytes apart, no alignment promised
+  const float* bias;      // [n_out] or null
+  int64_t n_in, n_out, row_bytes;
+  Format format;
+};
+
+enum class CacheType : int { F32, BF16 };
+
+// One layer's keys and values, in the order in which a kv head is read: [page][kv_head][2: k, v][position][head_dim].
+struct Cache {
+  uint8_t* data;
+  CacheType type;
+  int64_t pages, page_size, kv_heads, head_dim;
+
+  int64_t element() const { return type == CacheType::F32 ? 4 : 2; }
+  int64_t run_bytes() const { return page_size * head_dim * element(); }  // one page's keys, or values, of one head
+  uint8_t* keys(int64_t page, int64_t head) const { return data + (page * kv_heads + head) * 2 * run_bytes(); }
+};
+
+struct Attention {
+  const float* q;  // [rows, heads * head_dim], heads = kv_heads * group; head h reads kv head h / group
+  float* out;      // like q
+  Cache cache;
+  const int32_t* positions;  // [rows]
+  const int32_t* sequence;   // [rows]: which row of `pages`
+  const int32_t* pages;      // [sequences, pages_per_sequence]
+  int64_t pages_per_sequence;
+  int64_t group;
+  int64_t window;  // positions seen, counting the row's own; 0 sees all
+  float scale;
+};
+
+struct Kernels {
+  const char* name;
+  // y[t, o] = sum_k x[t, k] w[o, k] + bias[o] for t < rows and begin <= o < end. x is [rows, n_in], y [rows, n_out].
+  void (*linear)(const Linear&, const float* x, float* y, int64_t rows, int64_t begin, int64_t end, float* scratch);
+  // Floats that `linear` wants as scratch.
+  int64_t (*linear_scratch)(const Linear&, int64_t rows);
+  // n elements, the start on a block boundary and n whole blocks.
+  void (*decode)(Format, const uint8_t* source, int64_t n, float* out);
+  // Items begin <= (row, kv head) < end, row-major.
+  void (*attention)(const Attention&, int64_t begin, int64_t end, float* scratch);
+  int64_t (*attention_scratch)(const Attention&);
+  void (*rms_norm)(const float* x, const float* weight, float* y, int64_t width, float eps);     // one group of `width`
+  void (*rope)(const float* x, const float* cos, const float* sin, float* y, int64_t head_dim);  // one head
+  void (*store)(CacheType, const float* x, uint8_t* out, int64_t n);
+  void (*add)(const float* a, const float* b, float* y, int64_t n);
+  void (*silu_mul)(const float* gate, const float* up, float* y, int64_t n);
+  void (*exp)(const float* x, float* y, int64_t n);
+  float (*read)(const float* x, int64_t n);  // touches n floats with wide loads; for the bandwidth probe
+};
+
+// The kernels of one instruction set, by name; null when the build has none. "" is the best that this CPU runs, or what
+// the environment variable FINIAL_CPU_ISA names. Throws std::runtime_error when that is unknown or not supported here.
+const Kernels* find_kernels(const char* isa);
+
+}  // namespace finial

@@ -1,0 +1,64 @@
+// The few vector operations that kernels are written in, once per instruction set. Included after FINIAL_ISA is set.
+//
+//   V            W floats. Loads and stores take any alignment.
+//   ACC          accumulators of a dot product: element k goes to lane k % W of accumulator (k / W) % ACC. Every dot
+//                product of every kernel keeps this order, which makes results independent of blocking and batching.
+//   load_n       the first n < W elements, the rest zero;  store_n  only the first n.
+//   levels_q4    sixteen values d * (0 - 8) … d * (15 - 8);  pick  looks W of them up by nibble.
+//
+// Everything here is in the namespace of its instruction set, and kernels use no templates of the standard library: an
+// inline function compiled for AVX-512 must never be the copy that the linker keeps for the baseline.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(_MSC_VER)
+#define FINIAL_INLINE static __forceinline
+#define FINIAL_RESTRICT __restrict
+#else
+#define FINIAL_INLINE static inline __attribute__((always_inline))
+#define FINIAL_RESTRICT __restrict__
+#endif
+
+namespace finial::FINIAL_ISA {
+
+// IEEE half to float, exact. The exponent is rebased by a multiplication, which also normalises subnormals.
+FINIAL_INLINE float half_to_float(const uint8_t* source) {
+  uint16_t half;
+  std::memcpy(&half, source, 2);
+  const uint32_t magnitude = static_cast<uint32_t>(half & 0x7FFF) << 13;
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  uint32_t bits;
+  if (magnitude >= 0x0F800000u) {  // infinity, NaN
+    bits = magnitude | 0x7F800000u;
+  } else {
+    float value;
+    std::memcpy(&value, &magnitude, 4);
+    value *= 5.192296858534828e33f;  // 2^112
+    std::memcpy(&bits, &value, 4);
+  }
+  bits |= sign;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+FINIAL_INLINE float bf16_to_float(const uint8_t* source) {
+  uint16_t upper;
+  std::memcpy(&upper, source, 2);
+  const uint32_t bits = static_cast<uint32_t>(upper) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+}  // namespace finial::FINIAL_ISA
+
+#if defined(FINIAL_ISA_avx512)
+#include "simd_avx512.h"
+#elif defined(FINIAL_ISA_avx2)
+#include "simd_avx2.h"
+#else
+#include "simd_baseline.h"
+#endif

@@ -1,0 +1,89 @@
+// AVX2, FMA and F16C: eight floats, two accumulators (sixteen registers hold no more for a 2 x 3 block).
+#pragma once
+
+#include <immintrin.h>
+
+namespace finial::FINIAL_ISA {
+
+using V = __m256;
+constexpr int W = 8;
+constexpr int ACC = 2;
+
+FINIAL_INLINE __m256i mask(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+FINIAL_INLINE V zero() { return _mm256_setzero_ps(); }
+FINIAL_INLINE V set1(float x) { return _mm256_set1_ps(x); }
+FINIAL_INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
+FINIAL_INLINE V load_n(const float* p, int64_t n) { return _mm256_maskload_ps(p, mask(n)); }
+FINIAL_INLINE void store(float* p, V a) { _mm256_storeu_ps(p, a); }
+FINIAL_INLINE void store_n(float* p, V a, int64_t n) { _mm256_maskstore_ps(p, mask(n), a); }
+
+FINIAL_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
+FINIAL_INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+FINIAL_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+FINIAL_INLINE V div(V a, V b) { return _mm256_div_ps(a, b); }
+FINIAL_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+FINIAL_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }  // b where either is NaN
+FINIAL_INLINE V min(V a, V b) { return _mm256_min_ps(a, b); }
+FINIAL_INLINE float sum(V a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+FINIAL_INLINE float largest(V a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+
+FINIAL_INLINE V power_of_two(__m256i n) {  // 2^n for -126 <= n <= 127
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+// a * 2^n for integral |n| <= 252, in two factors so that a subnormal or infinite result is right.
+FINIAL_INLINE V scale_by_power(V a, V n) {
+  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+  return _mm256_mul_ps(_mm256_mul_ps(a, power_of_two(half)), power_of_two(_mm256_sub_epi32(whole, half)));
+}
+FINIAL_INLINE V round(V a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+FINIAL_INLINE V load_bf16(const uint8_t* p) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+FINIAL_INLINE V load_f16(const uint8_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+FINIAL_INLINE V load_i8(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+
+// Round to nearest even; a NaN stays a quiet NaN.
+FINIAL_INLINE void store_bf16(uint8_t* p, V a) {
+  const __m256i bits = _mm256_castps_si256(a);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  const __m256i out = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(out), _mm256_extracti128_si256(out, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+
+using Levels = __m256;  // no table of sixteen fits a register: the factor d
+FINIAL_INLINE Levels levels_q4(float d) { return set1(d); }
+FINIAL_INLINE V level(Levels d, __m256i nibble) {
+  return _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_sub_epi32(nibble, _mm256_set1_epi32(8))));
+}
+// The W nibbles of the W bytes at p: low ones, or high ones.
+FINIAL_INLINE V pick_low(Levels d, const uint8_t* p) {
+  const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return level(d, _mm256_and_si256(x, _mm256_set1_epi32(15)));
+}
+FINIAL_INLINE V pick_high(Levels d, const uint8_t* p) {
+  const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return level(d, _mm256_srli_epi32(x, 4));
+}
+
+}  // namespace finial::FINIAL_ISA

@@ -1,0 +1,70 @@
+// AVX-512 F, BW, VL, DQ: sixteen floats, four accumulators (they hide the latency of one FMA per cycle).
+#pragma once
+
+#include <immintrin.h>
+
+namespace finial::FINIAL_ISA {
+
+using V = __m512;
+constexpr int W = 16;
+constexpr int ACC = 4;
+
+FINIAL_INLINE __mmask16 mask(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+FINIAL_INLINE V zero() { return _mm512_setzero_ps(); }
+FINIAL_INLINE V set1(float x) { return _mm512_set1_ps(x); }
+FINIAL_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
+FINIAL_INLINE V load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(mask(n), p); }
+FINIAL_INLINE void store(float* p, V a) { _mm512_storeu_ps(p, a); }
+FINIAL_INLINE void store_n(float* p, V a, int64_t n) { _mm512_mask_storeu_ps(p, mask(n), a); }
+
+FINIAL_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
+FINIAL_INLINE V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+FINIAL_INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+FINIAL_INLINE V div(V a, V b) { return _mm512_div_ps(a, b); }
+FINIAL_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+FINIAL_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+FINIAL_INLINE V min(V a, V b) { return _mm512_min_ps(a, b); }
+FINIAL_INLINE float sum(V a) { return _mm512_reduce_add_ps(a); }
+FINIAL_INLINE float largest(V a) { return _mm512_reduce_max_ps(a); }
+
+// a * 2^n for integral n, also where the result is subnormal or infinite.
+FINIAL_INLINE V scale_by_power(V a, V n) { return _mm512_scalef_ps(a, n); }
+FINIAL_INLINE V round(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+FINIAL_INLINE V load_bf16(const uint8_t* p) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+FINIAL_INLINE V load_f16(const uint8_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+FINIAL_INLINE V load_i8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+// Round to nearest even; a NaN stays a quiet NaN. (The instruction for it flushes subnormals, so it is not used.)
+FINIAL_INLINE void store_bf16(uint8_t* p, V a) {
+  const __m512i bits = _mm512_castps_si512(a);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __m512i out = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16)));
+}
+
+using Levels = __m512;
+FINIAL_INLINE Levels levels_q4(float d) {
+  return _mm512_mul_ps(_mm512_set1_ps(d), _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
+}
+// The W nibbles of the W bytes at p: low ones, or high ones.
+FINIAL_INLINE V pick_low(Levels levels, const uint8_t* p) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(x), levels);  // uses the low four bits of each index
+}
+FINIAL_INLINE V pick_high(Levels levels, const uint8_t* p) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_cvtepu8_epi32(x), 4), levels);
+}
+
+}  // namespace finial::FINIAL_ISA

@@ -1,0 +1,140 @@
+// No instruction set assumed: four floats that the compiler turns into SSE2 or NEON, element by element otherwise.
+// A multiplication and an addition round apart (the build forbids contraction), on every CPU alike.
+#pragma once
+
+namespace finial::FINIAL_ISA {
+
+constexpr int W = 4;
+constexpr int ACC = 2;
+
+#if defined(__GNUC__)  // GCC and Clang keep this type in a register; operators come with it
+typedef float V __attribute__((vector_size(16)));
+#else
+struct V {
+  float lane[4];
+  float& operator[](int i) { return lane[i]; }
+  float operator[](int i) const { return lane[i]; }
+};
+#define FINIAL_EACH(op)                              \
+  FINIAL_INLINE V operator op(V a, V b) {            \
+    V y;                                             \
+    for (int i = 0; i < W; ++i) y[i] = a[i] op b[i]; \
+    return y;                                        \
+  }
+FINIAL_EACH(+)
+FINIAL_EACH(-)
+FINIAL_EACH(*)
+FINIAL_EACH(/)
+#undef FINIAL_EACH
+#endif
+
+FINIAL_INLINE V set1(float x) {
+  V y;
+  for (int i = 0; i < W; ++i) y[i] = x;
+  return y;
+}
+FINIAL_INLINE V zero() { return set1(0); }
+FINIAL_INLINE V load(const float* p) {
+  V y;
+  std::memcpy(&y, p, sizeof y);
+  return y;
+}
+FINIAL_INLINE V load_n(const float* p, int64_t n) {
+  V y = zero();
+  for (int64_t i = 0; i < n; ++i) y[static_cast<int>(i)] = p[i];
+  return y;
+}
+FINIAL_INLINE void store(float* p, V a) { std::memcpy(p, &a, sizeof a); }
+FINIAL_INLINE void store_n(float* p, V a, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = a[static_cast<int>(i)];
+}
+
+FINIAL_INLINE V add(V a, V b) { return a + b; }
+FINIAL_INLINE V sub(V a, V b) { return a - b; }
+FINIAL_INLINE V mul(V a, V b) { return a * b; }
+FINIAL_INLINE V div(V a, V b) { return a / b; }
+FINIAL_INLINE V fma(V a, V b, V c) { return a * b + c; }
+FINIAL_INLINE V max(V a, V b) {  // b where either is NaN
+  V y;
+  for (int i = 0; i < W; ++i) y[i] = a[i] > b[i] ? a[i] : b[i];
+  return y;
+}
+FINIAL_INLINE V min(V a, V b) {
+  V y;
+  for (int i = 0; i < W; ++i) y[i] = a[i] < b[i] ? a[i] : b[i];
+  return y;
+}
+FINIAL_INLINE float sum(V a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+FINIAL_INLINE float largest(V a) {
+  const float x = a[0] > a[2] ? a[0] : a[2], y = a[1] > a[3] ? a[1] : a[3];
+  return x > y ? x : y;
+}
+
+FINIAL_INLINE float power_of_two(int32_t n) {  // 2^n for -126 <= n <= 127
+  const uint32_t bits = static_cast<uint32_t>(n + 127) << 23;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+// a * 2^n for integral |n| <= 252, in two factors so that a subnormal or infinite result is right.
+FINIAL_INLINE V scale_by_power(V a, V n) {
+  V y;
+  for (int i = 0; i < W; ++i) {
+    const int32_t whole = n[i] == n[i] ? static_cast<int32_t>(n[i]) : 0, half = whole >> 1;
+    y[i] = a[i] * power_of_two(half) * power_of_two(whole - half);
+  }
+  return y;
+}
+// Adding and taking away 1.5 * 2^23 leaves the nearest integer for |a| < 2^22, ties to even.
+FINIAL_INLINE V round(V a) { return (a + set1(12582912.0f)) - set1(12582912.0f); }
+
+FINIAL_INLINE V load_bf16(const uint8_t* p) {
+  uint16_t x[W];
+  std::memcpy(x, p, sizeof x);
+  uint32_t bits[W];
+  for (int i = 0; i < W; ++i) bits[i] = static_cast<uint32_t>(x[i]) << 16;
+  V y;
+  std::memcpy(&y, bits, sizeof y);
+  return y;
+}
+FINIAL_INLINE V load_f16(const uint8_t* p) {
+  V y;
+  for (int i = 0; i < W; ++i) y[i] = half_to_float(p + 2 * i);
+  return y;
+}
+FINIAL_INLINE V load_i8(const uint8_t* p) {
+  int8_t x[W];
+  std::memcpy(x, p, sizeof x);
+  V y;
+  for (int i = 0; i < W; ++i) y[i] = static_cast<float>(x[i]);
+  return y;
+}
+
+// Round to nearest even; a NaN stays a quiet NaN.
+FINIAL_INLINE void store_bf16(uint8_t* p, V a) {
+  uint32_t bits[W];
+  std::memcpy(bits, &a, sizeof bits);
+  uint16_t out[W];
+  for (int i = 0; i < W; ++i) {
+    const uint32_t rounded = bits[i] + 0x7FFF + ((bits[i] >> 16) & 1);
+    const bool nan = (bits[i] & 0x7FFFFFFFu) > 0x7F800000u;
+    out[i] = static_cast<uint16_t>((nan ? bits[i] | 0x400000 : rounded) >> 16);
+  }
+  std::memcpy(p, out, sizeof out);
+}
+
+using Levels = float;
+FINIAL_INLINE Levels levels_q4(float d) { return d; }
+// The W nibbles of the W bytes at p: low ones, or high ones.
+FINIAL_INLINE V pick_low(Levels d, const uint8_t* p) {
+  V y;
+  for (int i = 0; i < W; ++i) y[i] = d * static_cast<float>((p[i] & 15) - 8);
+  return y;
+}
+FINIAL_INLINE V pick_high(Levels d, const uint8_t* p) {
+  V y;
+  for (int i = 0; i < W; ++i) y[i] = d * static_cast<float>((p[i] >> 4) - 8);
+  return y;
+}
+
+}  // namespace finial::FINIAL_ISA
