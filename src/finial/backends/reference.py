@@ -149,26 +149,27 @@ class ReferenceProgram:
 
     def run(self, feeds: Mapping[str, np.ndarray], state: ReferenceState) -> list[np.ndarray]:
         """See `Program.run`."""
-        self._check(feeds, state)
         values: dict[str, Any] = {**self._weights, **feeds, **state}
         for node in self._graph.nodes:
-            values[node.outputs[0]] = _OPS[node.op](*(values[name] for name in node.inputs), **node.attrs)
+            inputs = [values[name] for name in node.inputs]
+            if node.op in _INDEXED:
+                _check_range(node, inputs)
+            values[node.outputs[0]] = _OPS[node.op](*inputs, **node.attrs)
         return [values[name] for name in self._graph.outputs]
 
 
-    def _check(self, feeds: Mapping[str, np.ndarray], state: ReferenceState) -> None:
-        """Indices that NumPy would wrap or read past the end of are errors here, named."""
-        slots = min((len(cache.data) for cache in state.values()), default=0)
-        tables = {"embed": "tokens", "cache_write": "slots", "select_rows": "wanted"}
-        for node in self._graph.nodes:
-            name = tables.get(node.op)
-            if name is None or name not in node.inputs:
-                continue
-            rows = len(feeds["tokens"]) if name == "wanted" else slots
-            limit = len(self._weights[node.inputs[1]]) if name == "tokens" else rows
-            bad = feeds[name][(feeds[name] < 0) | (feeds[name] >= limit)]
-            if len(bad):
-                raise BackendError(f"step input {name} holds {bad[0]}, expected 0 to {limit - 1}")
+# op -> (which input holds indices, into the rows of which other input)
+_INDEXED = {"embed": (0, 1), "cache_write": (3, 0), "select_rows": (1, 0)}
+
+
+def _check_range(node: Node, inputs: list[Any]) -> None:
+    """Indices that NumPy would wrap or read past the end of are errors, named."""
+    which, table = _INDEXED[node.op]
+    indices, rows = inputs[which], inputs[table]
+    limit = len(rows.data if isinstance(rows, Cache) else rows)
+    bad = indices[(indices < 0) | (indices >= limit)]
+    if len(bad):
+        raise BackendError(f"step input {node.inputs[which]} holds {bad[0]}, expected 0 to {limit - 1}")
 
 
 class ReferenceBackend:

@@ -1,0 +1,139 @@
+"""Whole models against transformers in float32: every family, tie, bias, head norm and kind of rope."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import models
+import numpy as np
+import pytest
+import torch
+
+from finial.backends import BACKENDS
+from finial.executor import Executable, compile_graph
+from finial.files.checkpoint import Checkpoint, open_checkpoint
+from finial.formats import Tensor
+from finial.graph import single_step
+from finial.models.decoder import build_graph, constants
+
+TOKENS = np.random.default_rng(0).integers(0, 160, 150).tolist()
+PAGE = 16
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: open_checkpoint(models.save(name, root / name)) for name in models.MODELS}
+
+
+def compiled(checkpoint: Checkpoint, backend: str, kv_dtype: str = "f32", format: str | None = None) -> Executable:
+    weights: dict[str, Tensor | np.ndarray] = dict(checkpoint.tensors)
+    if format is not None:
+        weights = {name: tensor.to(format) for name, tensor in checkpoint.tensors.items()}
+    executable = compile_graph(build_graph(checkpoint.config, kv_dtype), weights | constants(checkpoint.config), backend)
+    executable.reserve(pages=32, page_size=PAGE)
+    return executable
+
+
+def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
+    """Worst difference of a row over that row's own spread, so that logits near zero do not count as failures."""
+    return float((np.abs(got - expected).max(axis=-1) / expected.std(axis=-1)).max())
+
+
+# A residual stream of L layers passes about 12·L float32 sums of up to 96 products; rounding errors of
+# random sign grow like the root of their number: u·√(96·12·3)·(a gain of about 10 through norms and
+# softmax, weights of standard deviation 0.2) is near 4e-5.  A wrong bias, norm or angle gives 1e-2 and more.
+TOLERANCE = 1e-4
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("name", list(models.MODELS))
+def test_logits_equal_transformers(saved: dict[str, Checkpoint], name: str, backend: str) -> None:
+    expected = models.logits(name, TOKENS)
+    for format in (None, "f32"):
+        got = compiled(saved[name], backend, format=format).run(single_step(TOKENS, PAGE))
+        assert relative_error(got, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("name", list(models.MODELS))
+def test_greedy_text_equals_transformers(saved: dict[str, Checkpoint], name: str, backend: str) -> None:
+    expected = models.greedy(name, TOKENS[:20], 64)
+    executable = compiled(saved[name], backend)
+    text, new = list(TOKENS[:20]), list(TOKENS[:20])
+    while len(text) < 84:
+        logits = executable.run(single_step(new, PAGE, first=len(text) - len(new), wanted=[len(new) - 1]))
+        new = [int(logits[0].argmax())]
+        text += new
+    assert text[20:] == expected
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_bf16_cache_costs_what_rounding_costs(saved: dict[str, Checkpoint], backend: str) -> None:
+    """bf16 keys and values are off by at most 2^-9 of themselves; logits of a 3-layer model by a small multiple."""
+    exact = compiled(saved["qwen3"], backend, "f32").run(single_step(TOKENS, PAGE))
+    rounded = compiled(saved["qwen3"], backend, "bf16").run(single_step(TOKENS, PAGE))
+    error = relative_error(rounded, exact)
+    assert 2**-14 < error < 2**-9 * 20
+    reference = compiled(saved["qwen3"], "reference", "bf16").run(single_step(TOKENS, PAGE))
+    # The rounding itself is the same on both; only a value that sits on a rounding boundary may fall differently.
+    assert relative_error(rounded, reference) < 2**-9 * 2
+
+
+def test_sharded_checkpoint_is_the_same_model(saved: dict[str, Checkpoint], tmp_path: Path) -> None:
+    models.save("qwen3", tmp_path / "sharded", max_shard_size="60KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    one = compiled(saved["qwen3"], "cpu").run(single_step(TOKENS, PAGE))
+    many = compiled(open_checkpoint(tmp_path / "sharded"), "cpu").run(single_step(TOKENS, PAGE))
+    assert np.array_equal(one.view(np.uint32), many.view(np.uint32))
+
+
+@pytest.mark.parametrize("dtype, format", [(torch.float32, "f32"), (torch.float16, "f16"), (torch.bfloat16, "bf16")])
+def test_each_stored_precision_is_used_as_it_is(tmp_path: Path, dtype: torch.dtype, format: str) -> None:
+    checkpoint = open_checkpoint(models.save("llama", tmp_path / "model", dtype=dtype))
+    assert {tensor.format for tensor in checkpoint.tensors.values()} == {format}
+    got = compiled(checkpoint, "cpu").run(single_step(TOKENS, PAGE))
+    reference = compiled(checkpoint, "reference").run(single_step(TOKENS, PAGE))
+    assert relative_error(got, reference) < TOLERANCE
+
+
+def test_mixed_backends_equal_one(saved: dict[str, Checkpoint]) -> None:
+    """A graph cut in two runs as one; here by hiding an operation from the first backend."""
+    from finial import executor
+    from finial.backends import get_backend
+
+    class Partial:
+        name = "partial"
+
+        def __init__(self) -> None:
+            self.inner = get_backend("cpu")
+            self.compile = self.inner.compile
+
+        def supports(self, graph, node):  # type: ignore[no-untyped-def]
+            return node.op != "silu_mul"
+
+    checkpoint = saved["qwen3"]
+    graph = build_graph(checkpoint.config, "f32")
+    segments = executor.partition(graph, [Partial(), get_backend("reference")])  # type: ignore[list-item]
+    assert [segment.backend.name for segment in segments] == ["partial", "reference"] * 3 + ["partial"]
+    weights = {name: tensor for name, tensor in checkpoint.tensors.items()}
+    weights |= {name: Tensor.from_array(array) for name, array in constants(checkpoint.config).items()}
+    mixed = executor.Executable(graph, segments, weights)
+    mixed.reserve(pages=32, page_size=PAGE)
+    got = mixed.run(single_step(TOKENS, PAGE))
+    assert mixed.backend == "partial+reference"
+    assert relative_error(got, compiled(checkpoint, "reference").run(single_step(TOKENS, PAGE))) < TOLERANCE
+
+
+def test_config_reads_both_spellings_of_rope(tmp_path: Path) -> None:
+    """transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling."""
+    from finial.config import ModelConfig
+
+    fields = json.loads((models.save("llama-llama3-tied", tmp_path / "m") / "config.json").read_text())
+    assert "rope_parameters" in fields
+    old = dict(fields)
+    new = old.pop("rope_parameters")
+    old["rope_theta"] = new.pop("rope_theta")
+    old["rope_scaling"] = {("type" if key == "rope_type" else key): value for key, value in new.items()}
+    assert ModelConfig.from_hf(old) == ModelConfig.from_hf(fields)

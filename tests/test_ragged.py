@@ -1,0 +1,120 @@
+"""Ragged invariance: chunks, batch-mates and page layout never change a row's logits.
+
+Bit for bit on the native backends; on the reference within float32 rounding, since its matrix products
+are BLAS's, whose order of summation depends on the number of rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+
+import models
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finial.backends import BACKENDS
+from finial.config import ModelConfig
+from finial.executor import Executable, compile_graph
+from finial.formats import Tensor
+from finial.graph import Step
+from finial.models.decoder import build_graph, constants
+
+NAMES = ("qwen3", "mistral-window", "qwen2-window")
+FORMATS = ("bf16", "q8_0", "f32")
+LONGEST, PAGES = 60, 64
+
+
+@functools.cache
+def executable(name: str, backend: str, format: str) -> Executable:
+    made = models.model(name)
+    config = ModelConfig.from_hf(json.loads(made.config.to_json_string(use_diff=False)))
+    weights: dict[str, Tensor | np.ndarray] = {}
+    for key, value in made.state_dict().items():
+        tensor = Tensor.from_array(value.numpy())
+        weights[key] = tensor.to(format) if len(tensor.shape) == 2 else tensor
+    return compile_graph(build_graph(config, "bf16"), weights | constants(config), backend, threads=2)
+
+
+def text(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 160, length).tolist()
+
+
+@dataclass
+class Sequence:
+    tokens: list[int]
+    pages: list[int]
+    done: int = 0
+
+
+def step(sequences: list[Sequence], takes: list[int], page_size: int) -> Step:
+    """The next `takes[b]` rows of each sequence, every row's logits wanted."""
+    tokens, positions, slots, starts = [], [], [], [0]
+    for sequence, take in zip(sequences, takes, strict=True):
+        rows = range(sequence.done, sequence.done + take)
+        tokens += [sequence.tokens[p] for p in rows]
+        positions += rows
+        slots += [sequence.pages[p // page_size] * page_size + p % page_size for p in rows]
+        sequence.done += take
+        starts.append(len(tokens))
+    wide = max(len(sequence.pages) for sequence in sequences)
+    table = [sequence.pages + [-1] * (wide - len(sequence.pages)) for sequence in sequences]
+    arrays = (tokens, positions, starts, [s.done for s in sequences], table, slots, range(len(tokens)))
+    return Step(*(np.asarray(list(array), np.int32) for array in arrays))
+
+
+@functools.cache
+def alone(name: str, backend: str, format: str, seed: int, length: int) -> np.ndarray:
+    """All rows in one step, alone, pages in order: what every other way is compared with."""
+    run = executable(name, backend, format)
+    run.reserve(pages=1, page_size=64)
+    return run.run(step([Sequence(text(seed, length), [0])], [length], 64))
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]], list[list[int]], int]:
+    """Page size, sequences as (seed, length), a list of takes per step, and a seed for the page order."""
+    page_size = draw(st.sampled_from([1, 3, 8, 16, 64]))
+    lengths = draw(st.lists(st.integers(1, LONGEST), min_size=1, max_size=4))
+    left, takes = list(lengths), []
+    while any(left):
+        take = [draw(st.integers(0, min(n, draw(st.sampled_from([1, 5, LONGEST]))))) if n else 0 for n in left]
+        if not any(take):
+            take = [min(n, 1) for n in left]
+        takes.append(take)
+        left = [n - t for n, t in zip(left, take, strict=True)]
+    sequences = [(draw(st.integers(0, 3)), length) for length in lengths]
+    return page_size, sequences, takes, draw(st.integers(0, 1000))
+
+
+@pytest.mark.parametrize("name, backend, format", [
+    *((name, backend, format) for backend in BACKENDS if backend != "reference" for name in NAMES for format in FORMATS),
+    *((name, "reference", "bf16") for name in NAMES),
+])  # fmt: skip
+@settings(max_examples=25, deadline=None)
+@given(schedule=schedules())
+def test_any_schedule_gives_the_logits_of_a_row_alone(
+    name: str, backend: str, format: str, schedule: tuple[int, list[tuple[int, int]], list[list[int]], int]
+) -> None:
+    page_size, texts, takes, order = schedule
+    expected = [alone(name, backend, format, seed, LONGEST)[:length] for seed, length in texts]
+    per = -(-LONGEST // page_size)
+    deal = np.random.default_rng(order).permutation(len(texts) * per).reshape(len(texts), per)
+    sequences = [Sequence(text(seed, LONGEST), pages.tolist()) for (seed, _), pages in zip(texts, deal, strict=True)]
+    run = executable(name, backend, format)
+    run.reserve(pages=len(texts) * per, page_size=page_size)
+    for take in takes:
+        before = [sequence.done for sequence in sequences]
+        present = [b for b, rows in enumerate(take) if rows]
+        logits = run.run(step([sequences[b] for b in present], [take[b] for b in present], page_size))
+        at = 0
+        for b in present:
+            got, want = logits[at : at + take[b]], expected[b][before[b] : before[b] + take[b]]
+            at += take[b]
+            if backend == "reference":
+                assert np.abs(got - want).max() < 1e-4 * want.std()
+            else:
+                assert np.array_equal(got.view(np.uint32), want.view(np.uint32))
