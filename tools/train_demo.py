@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import platform
 import re
 import shutil
@@ -31,6 +30,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 DEMO = Path(__file__).resolve().parent.parent / "src" / "finial" / "demo"
+CARD = Path(__file__).resolve().parent / "demo_card.md"
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 MINIMUM_CHARACTERS = 10_000
@@ -251,6 +251,7 @@ class Run:
     best_loss: float = math.inf
     best: dict[str, torch.Tensor] | None = None
     ended: str = "all steps done"
+    timed: bool = False
 
 
 def train(model: Any, data: Data, args: argparse.Namespace, end_of_text: int, say: Callable[[str, bool], None]) -> Run:
@@ -262,15 +263,10 @@ def train(model: Any, data: Data, args: argparse.Namespace, end_of_text: int, sa
     rng = np.random.default_rng(args.seed)
     optimizer = make_optimizer(model, args)
     run, began, recent = Run(), time.monotonic(), math.nan
-    every = max(1, args.steps // args.evaluations)
+    progress, measurements = 0.0, 0
     model.train()
     try:
-        while run.steps < args.steps:
-            run.wall_s = time.monotonic() - began
-            progress = max(run.steps / args.steps, run.wall_s / (args.minutes * 60) if args.minutes else 0.0)
-            if progress >= 1.0:
-                run.ended = "all minutes used"
-                break
+        while progress < 1.0:
             warm = min(1.0, (run.steps + 1) / max(1, args.warmup))
             rate = args.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
             for group in optimizer.param_groups:
@@ -285,18 +281,25 @@ def train(model: Any, data: Data, args: argparse.Namespace, end_of_text: int, sa
             optimizer.step()
             run.steps += 1
             run.tokens += count * length
-            recent = loss.item() if math.isnan(recent) else 0.95 * recent + 0.05 * loss.item()
-            if not math.isfinite(recent):
-                fail(f"the loss is {recent} at step {run.steps}", "lower --learning-rate")
-            measure = run.steps % every == 0 or run.steps == args.steps
+            now = loss.item()
+            recent = now if math.isnan(recent) else 0.95 * recent + 0.05 * now
+            if not math.isfinite(now):
+                fail(f"the loss is {now} at step {run.steps}", "lower --learning-rate")
+            elapsed = time.monotonic() - began
+            steps_share, time_share = run.steps / args.steps, elapsed / (args.minutes * 60) if args.minutes else 0.0
+            progress, run.timed = max(steps_share, time_share), run.timed or time_share > steps_share
+            if progress >= 1.0 and run.steps < args.steps:
+                run.ended = "all minutes used"
+            measure = progress >= 1.0 or int(progress * args.evaluations) > measurements
             if measure:
+                measurements = int(progress * args.evaluations)
                 measured = held_out_loss(model, data.held_out, args.context)
                 if measured < run.best_loss:
                     best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
                     run.best, run.best_loss, run.best_step = best, measured, run.steps
-            elapsed = time.monotonic() - began
-            line = f"step {run.steps}/{args.steps}  loss {recent:.3f}  held-out {run.best_loss:.4f} (step {run.best_step})"
-            say(f"{line}  {run.tokens / elapsed:,.0f} tokens/s  {elapsed / 60:.1f} min", measure)
+            line = f"step {run.steps}/{args.steps}  loss {recent:.3f}  held-out {run.best_loss:.4f}"
+            line += f" (step {run.best_step})  {run.tokens / elapsed:,.0f} tokens/s  {elapsed / 60:.1f} min"
+            say(line, measure)
     except KeyboardInterrupt:
         run.ended = f"stopped by Ctrl-C at step {run.steps} of {args.steps}"
     run.wall_s = time.monotonic() - began
@@ -306,6 +309,7 @@ def train(model: Any, data: Data, args: argparse.Namespace, end_of_text: int, sa
 def save(model: Any, tokenizer: Tokenizer, folder: Path, context: int) -> None:
     """Writes the five files of `FILES` into `folder`, weights in bf16."""
     model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it private
     # Readers older than transformers 5 look for rope_theta at the top level.
     config = json.loads((folder / "config.json").read_text())
     config["rope_theta"] = 10000.0
@@ -342,7 +346,7 @@ def publish(staging: Path, out: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for name in (*FILES, "README.md"):
-            os.replace(staging / name, out / name)
+            (staging / name).replace(out / name)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -359,106 +363,57 @@ def finish(args: argparse.Namespace, run: Run, model: Any, tokenizer: Tokenizer,
         saved = transformers.Qwen3ForCausalLM.from_pretrained(staging, dtype=torch.float32)
         saved.eval()
         loss = held_out_loss(saved, data.held_out, args.context)
-        (staging / "README.md").write_text(card(args, run, saved, tokenizer, data, source, loss, staging))
+        size = sum((staging / name).stat().st_size for name in FILES)
+        text = card(args, run, saved, tokenizer, data, source=source, loss=loss, size=size)
+        (staging / "README.md").write_text(text, encoding="utf-8")
         publish(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return f"{out}: held-out loss {loss:.4f} nats/token after {run.best_step} of {run.steps} steps"
 
 
-def card(
-    args: argparse.Namespace,
-    run: Run,
-    model: Any,
-    tokenizer: Tokenizer,
-    data: Data,
-    source: str,
-    loss: float,
-    staging: Path,
-) -> str:
-    """The model card; every figure comes from the run, the saved files or the arguments."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    size = sum((staging / name).stat().st_size for name in FILES)
-    bits = loss * (len(data.held_out) - 1) / math.log(2) / data.held_out_bytes
-    config = model.config
+def card(args: argparse.Namespace, run: Run, model: Any, tokenizer: Tokenizer, data: Data, **known: Any) -> str:
+    """The model card: demo_card.md filled in from the run, the saved files and the arguments.
+
+    `known` has source (the text, in words), loss (nats per token) and size (of the saved files, bytes).
+    """
     turn = f"{TURN_START}First Citizen:\nGood morrow, sir. What news of the king?{TURN_END}\n{TURN_START}"
     samples = (
         ("Greedy, 200 tokens after `First Citizen:`", sample(model, tokenizer, "First Citizen:", 200, None)),
         ("Sampled, seed 0, 200 tokens after `ROMEO:`", sample(model, tokenizer, "ROMEO:", 200, 0)),
         ("Chat, seed 0, at most 200 tokens (first speech: the user's)", sample(model, tokenizer, turn, 200, 0)),
     )
-    shown = "\n".join(f"{title}:\n\n```text\n{text.strip()}\n```\n" for title, text in samples)
-    command = " ".join(["python tools/train_demo.py", *command_words(args)])
-    return f"""---
-license: mit
-language: en
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# finial demo model
-
-A Qwen3 of {parameters:,} parameters that writes something like Shakespeare. It exists so that finial has a real model
-to run where nothing can be downloaded: for demos, first steps and tests. This card, its figures and its samples were
-written by the training script.
-
-| | |
-|---|---|
-| architecture | Qwen3ForCausalLM, {config.num_hidden_layers} layers, hidden {config.hidden_size}, MLP \
-{config.intermediate_size}, {config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of \
-{config.head_dim}, tied embeddings, context {config.max_position_embeddings} |
-| parameters | {parameters:,} |
-| size | {size:,} bytes, weights in bf16 |
-| tokenizer | byte-level BPE, {tokenizer.get_vocab_size():,} entries, trained on the training part; splits text as Qwen2 \
-does (GGUF pre-tokenizer `qwen2`) |
-| text | {source} |
-| split | the last {args.held_out_share:.0%} held out: {len(data.held_out):,} tokens, {data.held_out_bytes:,} bytes; \
-training part {len(data.plain):,} tokens |
-| steps | {run.steps:,} ({run.ended}), {run.tokens:,} tokens seen ({run.tokens / len(data.plain):.1f} passes); \
-kept: step {run.best_step:,} |
-| held-out loss | {loss:.4f} nats/token, {bits:.4f} bits/byte (the saved bf16 weights, computed in float32, windows of \
-{args.context:,} tokens) |
-| optimiser | AdamW, peak learning rate {args.learning_rate:g}, cosine, weight decay {args.weight_decay:g}, dropout \
-{args.dropout:g}, {args.batch_tokens:,} tokens per step, float32, seed {args.seed} |
-| wall time | {run.wall_s / 60:.1f} min with {torch.get_num_threads()} threads on {platform.machine()} |
-| made with | torch {torch.__version__.split("+")[0]}, transformers {transformers.__version__}, tokenizers \
-{tokenizers.__version__}, Python {platform.python_version()} |
-
-```sh
-{command}
-```
-
-## Chat, and where it stops
-
-The text is speeches: a name, a colon, verse, a blank line. The model saw them in two forms. As running text nothing
-marks an end, so plain generation goes on, speech after speech, until the token limit. As chat, every speech is one turn,
-`{TURN_START}NAME:` … `{TURN_END}`, so an answer is one speech and `{TURN_END}` ends it. Both `{TURN_END}` and
-`{END_OF_TEXT}` are end tokens in generation_config.json; `{END_OF_TEXT}` was only ever seen at the beginning of a text.
-
-The chat template makes the user the First Citizen, unless the message itself opens with a name and a colon on a line of
-their own. The model's answer begins with the name of the character that it picked. A system message is running text
-before the first turn: a speech from the play sets the scene best.
-
-## Samples
-
-{shown}
-## Intended use and limits
-
-Tests, demos, measuring that needs a real but tiny model. It knows one text of {len(data.plain) + len(data.held_out):,}
-tokens and nothing else: no facts, no instructions, no modern English; sentences look right and mean little, names of
-characters come with the views and words of their century, and some lines are near copies of the text. Greedy output
-tends to repeat itself. Do not use it for anything that matters.
-
-Weights: the project's MIT licence.
-"""
+    held_out, training = len(data.held_out), len(data.plain)
+    return CARD.read_text(encoding="utf-8").format(
+        **known,
+        args=args,
+        run=run,
+        data=data,
+        config=model.config,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        bits=known["loss"] * (held_out - 1) / math.log(2) / data.held_out_bytes,
+        held_out_tokens=held_out,
+        training_tokens=training,
+        all_tokens=held_out + training,
+        passes=run.tokens / training,
+        minutes=run.wall_s / 60,
+        threads=torch.get_num_threads(),
+        machine=platform.machine(),
+        torch=torch.__version__.split("+")[0],
+        transformers=transformers.__version__,
+        tokenizers=tokenizers.__version__,
+        python=platform.python_version(),
+        command=" ".join(["python tools/train_demo.py", *command_words(args, run.timed)]),
+        samples="\n".join(f"{title}:\n\n```text\n{text.strip()}\n```\n" for title, text in samples),
+    )
 
 
-def command_words(args: argparse.Namespace) -> list[str]:
-    """The arguments that reproduce the run, the text by its file name only."""
+def command_words(args: argparse.Namespace, timed: bool) -> list[str]:
+    """The arguments of the run, the text by its file name only, a time limit only where it had an effect."""
     words = [f"--text {Path(args.text).name}", f"--steps {args.steps}"]
     defaults = vars(parser().parse_args(["--text", "x"]))
     for name, value in vars(args).items():
-        if name not in ("text", "steps", "out") and value != defaults[name]:
+        if name not in ("text", "steps", "out") and (timed or name != "minutes") and value != defaults[name]:
             words.append(f"--{name.replace('_', '-')} {value}")
     return words
 
@@ -468,15 +423,17 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description="Trains the demo model from one text and writes it, card included.")
     result.add_argument("--text", required=True, type=Path, help="plain UTF-8 text, speeches between blank lines")
     result.add_argument("--out", type=Path, default=DEMO, help="directory to write (default: the package's demo/)")
-    result.add_argument("--steps", type=int, default=2000, help="optimiser steps (default %(default)s)")
-    result.add_argument("--minutes", type=float, default=0.0, help="end after this wall time; then not reproducible")
-    for name, default in (("layers", 6), ("hidden", 256), ("intermediate", 512), ("heads", 4), ("kv-heads", 2)):
+    result.add_argument("--steps", type=int, default=6000, help="optimiser steps (default %(default)s)")
+    result.add_argument(
+        "--minutes", type=float, default=0.0, help="hurry the schedule to end by then (not reproducible)"
+    )
+    for name, default in (("layers", 4), ("hidden", 256), ("intermediate", 512), ("heads", 4), ("kv-heads", 2)):
         result.add_argument(f"--{name}", type=int, default=default, help="default %(default)s")
-    for name, default in (("head-dim", 64), ("context", 1024), ("vocab", 1536), ("batch-tokens", 2048)):
+    for name, default in (("head-dim", 64), ("context", 1024), ("vocab", 1536), ("batch-tokens", 1024)):
         result.add_argument(f"--{name}", type=int, default=default, help="default %(default)s")
     for name, default in (("evaluations", 20), ("warmup", 60), ("seed", 0)):
         result.add_argument(f"--{name}", type=int, default=default, help="default %(default)s")
-    for name, value in (("learning-rate", 2e-3), ("weight-decay", 0.1), ("dropout", 0.1), ("held-out-share", 0.1)):
+    for name, value in (("learning-rate", 3e-3), ("weight-decay", 0.1), ("dropout", 0.1), ("held-out-share", 0.1)):
         result.add_argument(f"--{name}", type=float, default=value, help="default %(default)s")
     result.add_argument("--threads", type=int, default=2, help="torch threads (default %(default)s)")
     return result
@@ -484,9 +441,9 @@ def parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Ends the program on arguments that cannot work."""
-    for name in ("steps", "layers", "hidden", "intermediate", "heads", "kv_heads", "batch_tokens", "evaluations", "threads"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, at least 1 needed", "give a positive number")
+    for name, value in vars(args).items():
+        if isinstance(value, int) and value < (0 if name in ("seed", "warmup") else 1):
+            fail(f"--{name.replace('_', '-')} is {value}, a positive number needed", "leave it out for the default")
     if args.heads % args.kv_heads:
         fail(f"--heads {args.heads} is not a multiple of --kv-heads {args.kv_heads}", "choose a multiple")
     if args.head_dim < 2 or args.head_dim % 2:
