@@ -1,0 +1,60 @@
+# make demo    set everything up, then watch the embedded model write, with its speed and a verdict
+# make test    set everything up, then run the whole test suite
+# make check   formatting, lint and types, as CI runs them
+# make format  rewrite the sources as `make check` wants them
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+NATIVE  := $(wildcard src/finial/kernels/cpu/*)
+CXX_SRC := $(filter %.cpp %.h %.hpp %.inc,$(NATIVE))
+
+.PHONY: demo test check format clean help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+$(VENV)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here: install Python 3.11 or newer, or set PYTHON="; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$$($(PYTHON) --version) is too old: finial needs 3.11; set PYTHON="; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The package, built in place: Python changes count at once, native ones when this runs again.
+$(VENV)/package: $(VENV)/python pyproject.toml CMakeLists.txt $(NATIVE)
+	$(PIP) install --quiet --editable .
+	@touch $@
+
+# torch goes first and alone: what comes after it must not choose a build with gigabytes of CUDA.
+$(VENV)/test-packages: $(VENV)/package
+	$(PIP) install --quiet "$(TORCH)"
+	$(PIP) install --quiet --editable ".[test]"
+	@touch $@
+
+$(VENV)/check-packages: $(VENV)/test-packages
+	$(PIP) install --quiet --editable ".[test,dev]"
+	@touch $@
+
+demo: $(VENV)/package
+	$(BIN)/finial run demo --stats --verify
+
+test: $(VENV)/test-packages
+	$(BIN)/python -m pytest
+
+check: $(VENV)/check-packages
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SRC)
+
+format: $(VENV)/check-packages
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CXX_SRC)
+
+clean:
+	rm -rf $(VENV) build dist src/finial/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
