@@ -12,6 +12,7 @@ import mmap
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,17 +35,18 @@ def shown(name: object) -> str:
 def map_file(path: Path) -> NDArray[np.uint8]:
     """The file's bytes as a read-only uint8 [size] view of a memory map, which lives as long as any view of it.
 
-    FileError when it is missing, a directory, or unreadable.
+    FileError when it is missing, not a regular file, or unreadable.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
+            kind = "a directory" if path.is_dir() else "no regular file"
+            raise FileError(f"{path}: is {kind}, a file was expected", fix="name the file itself")
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:  # an empty file cannot be mapped
                 return np.frombuffer(b"", np.uint8)
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except FileNotFoundError:
         raise FileError(f"{path}: no such file", fix="check the path, or fetch the model again") from None
-    except IsADirectoryError:
-        raise FileError(f"{path}: is a directory, a file was expected", fix="name the file inside it") from None
     except (OSError, ValueError) as error:  # mmap raises ValueError when the file shrinks in between
         raise FileError(f"{path}: cannot be read ({error})", fix="check the file's permissions and its disk") from error
 

@@ -51,7 +51,8 @@ _BY_TYPE = {row.gguf_type: row for row in FORMATS.values()}
 # count inside a file of many GB cannot fill the memory before the damage shows.
 MAX_ENTRIES = 1 << 16
 MAX_STRING = 16 << 20
-MAX_STRINGS = 1 << 22
+MAX_ARRAY = 1 << 20
+MAX_ITEMS = 1 << 22  # of all arrays together
 MAX_ELEMENTS = 1 << 60
 MAX_ALIGNMENT = 1 << 20
 
@@ -153,7 +154,7 @@ class _Reader:
         self.bytes = self.data.data
         self.size = self.data.size
         self.at = 0
-        self.strings_left = MAX_STRINGS
+        self.items_left = MAX_ITEMS
 
     def fail(self, what: str, fix: str = DAMAGED) -> FileError:
         return FileError(f"{self.path}: {what}", fix=fix)
@@ -234,15 +235,14 @@ class _Reader:
 
     def array(self, what: str) -> list[str] | NDArray[Any]:
         kind = self.u32(f"the element type of {what}")
-        if kind in SCALARS:
-            return self.numbers(kind, self.count(f"the length of {what}", SCALARS[kind].itemsize, self.size), what)
         if kind == ARRAY:
             raise self.fail(f"{what} is an array of arrays, which no model uses")
-        if kind != STRING:
+        if kind != STRING and kind not in SCALARS:
             raise self.fail(f"{what} is an array of value type {kind}, types 0 to 12 are known")
-        count = self.count(f"the length of {what}", 8, self.strings_left)
-        self.strings_left -= count
-        return self.strings(count, what)
+        least = 8 if kind == STRING else SCALARS[kind].itemsize  # a string is at least its length
+        count = self.count(f"the length of {what}", least, min(MAX_ARRAY, self.items_left))
+        self.items_left -= count
+        return self.strings(count, what) if kind == STRING else self.numbers(kind, count, what)
 
     def numbers(self, kind: int, count: int, what: str) -> NDArray[Any]:
         dtype = SCALARS[kind]
@@ -260,7 +260,9 @@ class _Reader:
             start = at + 8
             at = start + unpack(data, at)[0] if start <= size else size + 1
             if at > size or at - start > MAX_STRING:
-                raise self.fail(f"string {index} of {what}, at offset {start - 8}, is longer than the file")
+                raise self.fail(
+                    f"string {index} of {what}, at offset {start - 8}, ends beyond the file or is over {MAX_STRING} bytes"
+                )
             try:
                 out.append(str(data[start:at], "utf-8"))
             except UnicodeDecodeError:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +26,9 @@ from finial.formats import Tensor, get_format
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # the safetensors library's own limit, in bytes
+# A parsed JSON value takes up to 60 times the bytes of its text.  65,000 tensors, more than any model has, need about
+# ten values each; a header with far more is a bomb.
+MAX_VALUES = 1_000_000
 MAX_AXES = 8
 MAX_ELEMENTS = 1 << 60
 DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -32,6 +36,9 @@ _DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
 
 DAMAGED = "the file is damaged or incomplete: fetch or convert it again"
 TOGETHER = "fetch all files of the model again, from one place"
+
+# A plain name only: an index must not be able to point at files elsewhere.
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,200}\.safetensors")
 
 # A tensor to write: name, format, shape, and its bytes in order in pieces of any size, asked for when their turn comes.
 Source = tuple[str, str, tuple[int, ...], Iterable[Slab]]
@@ -45,13 +52,15 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_dir():
         return _open_file(path)
-    if (path / SINGLE).exists():
+    try:
+        names = {item.name for item in path.iterdir()}
+    except OSError as error:
+        raise FileError(f"{path}: cannot be listed ({error})", fix="check the directory's permissions") from None
+    if SINGLE in names:
         return _open_file(path / SINGLE)
-    if (path / INDEX).exists():
+    if INDEX in names:
         return _open_shards(path / INDEX)
-    others = sorted(
-        item.name for item in path.iterdir() if item.suffix in (".bin", ".pth", ".pt", ".gguf", ".safetensors")
-    )
+    others = sorted(name for name in names if name.endswith((".bin", ".pth", ".pt", ".gguf", ".safetensors")))
     there = f" (it has {', '.join(others[:4])})" if others else ""
     raise FileError(
         f"{path}: has neither {SINGLE} nor {INDEX}{there}",
@@ -63,13 +72,12 @@ def _open_shards(index: Path) -> dict[str, Tensor]:
     raw = map_file(index)
     if raw.size > MAX_HEADER:
         raise FileError(f"{index}: is {raw.size} bytes long, at most {MAX_HEADER} were expected", fix=TOGETHER)
-    weight_map = _json(bytes(raw), index).get("weight_map")
+    weight_map = _json(raw.data, index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileError(f"{index}: has no weight_map of tensor names to file names", fix=TOGETHER)
     wanted: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
-        # A plain name only: an index must not be able to point at files elsewhere.
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\:\0"):
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
             raise FileError(
                 f"{index}: tensor {shown(name)} is in {shown(shard)}, which is no .safetensors file beside the index",
                 fix=TOGETHER,
@@ -103,10 +111,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _json(raw: bytes, path: Path) -> dict[str, Any]:
+def _json(raw: memoryview, path: Path) -> dict[str, Any]:
     """A JSON object without repeated keys; FileError otherwise."""
     try:
-        found = json.loads(str(raw, "utf-8"), object_pairs_hook=_unique)
+        text = str(raw, "utf-8")
+        if sum(map(text.count, "[{,")) > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES} values")
+        found = json.loads(text, object_pairs_hook=_unique)
     except _Repeated as error:
         raise FileError(f"{path}: {shown(error.args[0])} is there twice", fix=DAMAGED) from None
     except (ValueError, RecursionError) as error:
@@ -127,8 +138,8 @@ def _open_file(path: Path) -> dict[str, Tensor]:
             f"{path}: claims a header of {length} bytes, at most {min(MAX_HEADER, data.size - 8)} are possible",
             fix=DAMAGED,
         )
-    raw = bytes(data[8 : 8 + length])
-    if not (raw.startswith(b"{") and raw.rstrip(b" ").endswith(b"}")):  # cheap, before 100 MB of noise are parsed
+    raw = data[8 : 8 + length].data
+    if not length or raw[0] != ord("{") or raw[-1] not in b"} ":  # cheap, before 100 MB of noise are parsed
         raise FileError(f"{path}: its header is not a JSON object", fix=DAMAGED)
     header = _json(raw, path)
     header.pop("__metadata__", None)
@@ -136,6 +147,8 @@ def _open_file(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     ranges: list[tuple[int, int, str]] = []
     for name, info in header.items():
+        if not _is_text(name):
+            raise FileError(f"{path}: tensor {shown(name)} has a name that is not text", fix=DAMAGED)
         format, shape, start, end = _entry(info, f"{path}: tensor {shown(name)}", body.size)
         tensors[name] = Tensor(format, shape, body[start:end])
         ranges.append((start, end, name))
@@ -171,6 +184,11 @@ def _entry(info: Any, what: str, room: int) -> tuple[str, tuple[int, ...], int, 
             fix=DAMAGED,
         )
     return DTYPES[dtype], tuple(shape), offsets[0], offsets[1]
+
+
+def _is_text(name: str) -> bool:
+    """False for half a surrogate pair, which JSON can escape but nothing can print."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _sizes(value: Any) -> bool:
