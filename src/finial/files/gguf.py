@@ -261,7 +261,7 @@ class _Reader:
             at = start + unpack(data, at)[0] if start <= size else size + 1
             if at > size or at - start > MAX_STRING:
                 raise self.fail(
-                    f"string {index} of {what}, at offset {start - 8}, ends beyond the file or is over {MAX_STRING} bytes"
+                    f"string {index} of {what}, at {start - 8}, ends beyond the file or is over {MAX_STRING} bytes"
                 )
             try:
                 out.append(str(data[start:at], "utf-8"))
