@@ -9,9 +9,9 @@ import threading
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from fake_executable import FakeExecutable, expected_logits, new_engine
 from hypothesis import given, settings
 
+from fake_executable import FakeExecutable, expected_logits, new_engine
 from finial.engine.generate import Engine
 from finial.engine.handle import Handle, StopText
 from finial.engine.sampling import SamplingParams, greedy, log_probabilities
