@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+
+transformers.utils.logging.disable_progress_bar()
 
 BASE = dict(
     vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -59,9 +62,8 @@ def model(name: str) -> transformers.PreTrainedModel:
 
 def save(name: str, path: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:
     """As a user would find it on disk; the tied embedding stands there once."""
-    made = model(name)
-    made.to(dtype).save_pretrained(path, **options)
-    made.to(torch.float32)
+    # A copy: casting rounds the rope frequencies too, and they would not come back.
+    copy.deepcopy(model(name)).to(dtype).save_pretrained(path, **options)
     return path
 
 

@@ -43,7 +43,7 @@ OWNERS = {
     "rich": {"finial.cli"},
     "huggingface_hub": {"finial.files.hub"},
     "tokenizers": {"finial.files"},
-    "jinja2": {"finial.files.chat"},
+    "jinja2": {"finial.files"},
 }
 
 
