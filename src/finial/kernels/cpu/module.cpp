@@ -1,17 +1,151 @@
 // finial._native: what Python sees of the CPU backend.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include "bandwidth.h"
 #include "isa.h"
 #include "kernels.h"
+#include "program.h"
 #include "topology.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 using namespace finial;
+
+namespace {
+
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
+using Rows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Out = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+Format format_of(const std::string& name) {
+  for (int i = 0; i < static_cast<int>(Format::COUNT); ++i)
+    if (name == FORMATS[i].name) return static_cast<Format>(i);
+  throw std::invalid_argument("unknown weight format " + name);
+}
+
+// A weight matrix [n_out, n_in] over its bytes, which must be exactly that long.
+Linear weight_of(const Bytes& data, const std::string& format, int64_t n_out, int64_t n_in) {
+  const Format kind = format_of(format);
+  const FormatInfo& info = FORMATS[static_cast<int>(kind)];
+  if (n_out < 1 || n_in < 1 || n_in % info.block != 0)
+    throw std::invalid_argument("a " + format + " weight cannot be [" + std::to_string(n_out) + ", " +
+                                std::to_string(n_in) + "]");
+  const int64_t row_bytes = n_in / info.block * info.block_bytes;
+  if (static_cast<int64_t>(data.size()) / row_bytes != n_out || static_cast<int64_t>(data.size()) % row_bytes != 0)
+    throw std::invalid_argument("a " + format + " weight [" + std::to_string(n_out) + ", " + std::to_string(n_in) +
+                                "] is " + std::to_string(n_out * row_bytes) + " bytes, got " +
+                                std::to_string(data.size()));
+  return {data.data(), nullptr, n_in, n_out, row_bytes, kind};
+}
+
+CacheType cache_type(const std::string& dtype) {
+  if (dtype == "f32") return CacheType::F32;
+  if (dtype == "bf16") return CacheType::BF16;
+  throw std::invalid_argument("a cache is f32 or bf16, not " + dtype);
+}
+
+std::shared_ptr<Program> make_program(std::shared_ptr<Pool> pool, const std::string& isa) {
+  return std::make_shared<Program>(std::move(pool), find_kernels(isa.c_str()));
+}
+
+void run(Program& program, const std::vector<int64_t>& sizes, const std::vector<Ints>& ints,
+         const std::vector<Rows>& inputs, const std::vector<Out>& outputs, const State& state) {
+  std::vector<IntArray> integers;
+  for (const Ints& a : ints) {
+    IntArray array{a.data(), {}};
+    for (size_t axis = 0; axis < a.ndim(); ++axis) array.shape.push_back(static_cast<int64_t>(a.shape(axis)));
+    integers.push_back(std::move(array));
+  }
+  std::vector<FloatArray> read, written;
+  for (const Rows& a : inputs)  // the builder refuses an input of the program as an instruction's output
+    read.push_back({const_cast<float*>(a.data()), static_cast<int64_t>(a.shape(0)), static_cast<int64_t>(a.shape(1))});
+  for (const Out& a : outputs)
+    written.push_back({a.data(), static_cast<int64_t>(a.shape(0)), static_cast<int64_t>(a.shape(1))});
+  nb::gil_scoped_release release;
+  program.run(sizes, integers, read, written, state);
+}
+
+void bind_program(nb::module_& m) {
+  nb::class_<Pool>(m, "Pool", "A team of threads that programs share. threads = 0: the physical cores available.")
+      .def(nb::init<int>(), "threads"_a = 0)
+      .def_prop_ro("threads", &Pool::threads);
+
+  nb::class_<State>(m, "State", "Caches of a program, zeroed; memory is taken as it is written.")
+      .def_prop_ro("nbytes", &State::nbytes)
+      .def_ro("pages", &State::pages)
+      .def_ro("page_size", &State::page_size);
+
+  // Arrays that a program keeps pointing at must not be converted copies, and live as long as it does.
+  nb::class_<Program>(m, "Program", "A flat program over buffers [rows, width]; see kernels/cpu/program.h.")
+      .def(nb::new_(&make_program), "pool"_a, "isa"_a = "")
+      .def_prop_ro("isa", [](const Program& p) { return std::string(p.kernels().name); })
+      .def_prop_ro("instructions", [](const Program& p) { return p.instructions().size(); })
+      .def_prop_ro("barriers",
+                   [](const Program& p) {
+                     int64_t count = 0;
+                     for (const Instruction& i : p.instructions()) count += i.barrier;
+                     return count;
+                   })
+      .def("dimension", &Program::dimension)
+      .def("buffer", &Program::buffer, "dimension"_a, "width"_a, "slot"_a)
+      .def("input", &Program::input, "dimension"_a, "width"_a)
+      .def("output", &Program::output, "dimension"_a, "width"_a)
+      .def("int_input", &Program::int_input, "name"_a)
+      .def(
+          "cache",
+          [](Program& p, int64_t kv_heads, int64_t head_dim, const std::string& dtype) {
+            return p.cache({kv_heads, head_dim, cache_type(dtype)});
+          },
+          "kv_heads"_a, "head_dim"_a, "dtype"_a)
+      .def(
+          "embed",
+          [](Program& p, int out, int tokens, const Bytes& weight, const std::string& format, int64_t rows,
+             int64_t width) { p.embed(out, tokens, weight_of(weight, format, rows, width)); },
+          "out"_a, "tokens"_a, "weight"_a.noconvert(), "format"_a, "rows"_a, "width"_a, nb::keep_alive<1, 4>())
+      .def(
+          "linear",
+          [](Program& p, int out, int x, const Bytes& weight, const std::string& format, int64_t n_out, int64_t n_in,
+             const std::optional<Vector>& bias) {
+            Linear linear = weight_of(weight, format, n_out, n_in);
+            if (bias && static_cast<int64_t>(bias->size()) != n_out)
+              throw std::invalid_argument("linear: the bias must have one element for each output");
+            if (bias) linear.bias = bias->data();
+            p.linear(out, x, linear);
+          },
+          "out"_a, "x"_a, "weight"_a.noconvert(), "format"_a, "n_out"_a, "n_in"_a, "bias"_a.noconvert() = nb::none(),
+          nb::keep_alive<1, 4>(), nb::keep_alive<1, 8>())
+      .def(
+          "rms_norm",
+          [](Program& p, int out, int x, const Vector& weight, float eps) {
+            p.rms_norm(out, x, weight.data(), static_cast<int64_t>(weight.size()), eps);
+          },
+          "out"_a, "x"_a, "weight"_a.noconvert(), "eps"_a, nb::keep_alive<1, 4>())
+      .def(
+          "rope",
+          [](Program& p, int out, int x, int positions, const Vector& frequencies, float scale) {
+            p.rope(out, x, positions, frequencies.data(), 2 * static_cast<int64_t>(frequencies.size()), scale);
+          },
+          "out"_a, "x"_a, "positions"_a, "frequencies"_a.noconvert(), "scale"_a, nb::keep_alive<1, 5>())
+      .def("cache_write", &Program::cache_write, "cache"_a, "keys"_a, "values"_a, "slots"_a)
+      .def("attention", &Program::attention, "out"_a, "queries"_a, "cache"_a, "positions"_a, "starts"_a, "lengths"_a,
+           "pages"_a, "window"_a, "scale"_a)
+      .def("silu_mul", &Program::silu_mul, "out"_a, "gate"_a, "up"_a)
+      .def("add", &Program::add, "out"_a, "a"_a, "b"_a)
+      .def("select_rows", &Program::select_rows, "out"_a, "x"_a, "rows"_a)
+      .def("new_state", &Program::new_state, "pages"_a, "page_size"_a)
+      .def("run", &run, "sizes"_a, "ints"_a.noconvert(), "inputs"_a.noconvert(), "outputs"_a.noconvert(), "state"_a,
+           "One step, without the interpreter's lock. ValueError names an input that points outside its arrays.");
+}
+
+}  // namespace
 
 NB_MODULE(_native, m) {
   m.doc() = "The native CPU backend: kernels per instruction set, a thread pool, and programs that run a step.";
@@ -42,4 +176,12 @@ NB_MODULE(_native, m) {
   m.def("read_bandwidth", &read_bandwidth, "threads"_a, "bytes"_a, "seconds"_a,
         nb::call_guard<nb::gil_scoped_release>(),
         "Measured read bandwidth in GB/s (1e9): the fastest of several passes over a buffer of `bytes`.");
+  m.def(
+      "exp",
+      [](const Vector& x, const Out& y, const std::string& isa) {
+        if (y.shape(0) != 1 || y.shape(1) != x.size()) throw std::invalid_argument("exp: y must be [1, len(x)]");
+        find_kernels(isa.c_str())->exp(x.data(), y.data(), static_cast<int64_t>(x.size()));
+      },
+      "x"_a, "y"_a.noconvert(), "isa"_a = "", "The vector exponential inside attention and silu_mul, for its test.");
+  bind_program(m);
 }

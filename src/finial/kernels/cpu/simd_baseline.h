@@ -40,9 +40,9 @@ FINIAL_INLINE V load(const float* p) {
   return y;
 }
 FINIAL_INLINE V load_n(const float* p, int64_t n) {
-  V y = zero();
-  for (int64_t i = 0; i < n; ++i) y[static_cast<int>(i)] = p[i];
-  return y;
+  float lanes[W] = {};
+  std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(float));
+  return load(lanes);
 }
 FINIAL_INLINE void store(float* p, V a) { std::memcpy(p, &a, sizeof a); }
 FINIAL_INLINE void store_n(float* p, V a, int64_t n) {

@@ -1,0 +1,306 @@
+"""The native CPU backend: a graph lowered once to a flat program, then one native call per step.
+
+Weights stay in their stored format where they are (usually a memory map).  Activations, accumulation and softmax are
+float32.  A row's result is bit-equal whatever shares its step, however it was chunked, wherever its pages lie and
+however many threads there are, within one instruction set.  Knows nothing of models and files.
+
+    program = create(threads=None).compile(graph, weights)
+    outputs = program.run(step.feeds(), program.new_state(pages=64, page_size=32))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finial.errors import BackendError
+from finial.formats import Tensor
+from finial.graph import Dim, Graph, Node, Value
+
+try:
+    from finial import _native
+except ImportError as error:  # a source tree that was never built; `create` says so when the backend is asked for
+    _native = None  # type: ignore[assignment]
+    _why = str(error)
+
+
+class _Slots:
+    """Which arena slot each value takes: a slot is free again after its value's last use."""
+
+    def __init__(self) -> None:
+        self._free: list[tuple[Dim, Dim, int]] = []
+        self._count = 0
+
+    def take(self, value: Value) -> int:
+        rows, width = value.shape
+        exact = [row for row in self._free if row[:2] == (rows, width)]
+        same_rows = [row for row in self._free if row[0] == rows]
+        candidates = exact or same_rows or self._free
+        if not candidates:
+            self._count += 1
+            return self._count - 1
+        chosen = candidates[-1]  # freed last: still in the cache
+        self._free.remove(chosen)
+        return chosen[2]
+
+    def give(self, value: Value, slot: int) -> None:
+        rows, width = value.shape
+        self._free.append((rows, width, slot))
+
+
+class CpuProgram:
+    """A compiled graph; see `finial.backends.Program`."""
+
+    def __init__(self, graph: Graph, weights: Mapping[str, Tensor], pool: _native.Pool, isa: str = "") -> None:
+        self._graph = graph
+        self._weights = weights
+        self._native = _native.Program(pool, isa)
+        self._dimensions: dict[Dim, int] = {}
+        self._buffers: dict[str, int] = {}
+        self._vectors: dict[str, NDArray[np.float32]] = {}
+        self._lower()
+        self._weights = {}  # the native program holds what it points at
+
+    @property
+    def isa(self) -> str:
+        """The instruction set of its kernels."""
+        return self._native.isa
+
+    def new_state(self, pages: int, page_size: int) -> _native.State:
+        """Zeroed caches; memory is taken as positions are written.
+
+        Raises:
+            BackendError: not enough address space, or more than 2^31 positions.
+        """
+        try:
+            return self._native.new_state(pages, page_size)
+        except (MemoryError, ValueError) as error:
+            raise BackendError(
+                f"no cache of {pages:,} pages of {page_size} positions: {error or 'not enough memory'}",
+                fix="ask for a smaller --max-context",
+            ) from error
+
+    def run(self, feeds: Mapping[str, np.ndarray], state: _native.State) -> list[np.ndarray]:
+        """One step; see `finial.backends.Program.run`.
+
+        Raises:
+            BackendError: an input that points outside the vocabulary, the cache or the step; names it.
+        """
+        sizes: dict[Dim, int] = {}
+        ints = [_checked(value, feeds, np.int32, sizes) for value in self._ints]
+        inputs = [_checked(value, feeds, np.float32, sizes) for value in self._inputs]
+        rows = [dim if isinstance(dim, int) else sizes[dim] for dim in self._dimensions]
+        made = {
+            value.name: np.empty((rows[self._dimensions[value.shape[0]]], _width(value)), np.float32)
+            for value in self._outputs
+        }
+        try:
+            self._native.run(rows, ints, inputs, list(made.values()), state)
+        except ValueError as error:
+            raise BackendError(str(error)) from error
+        return [made[name] if name in made else np.array(feeds[name]) for name in self._graph.outputs]
+
+    # --- lowering -----------------------------------------------------------------------------------------------------
+
+    def _lower(self) -> None:
+        graph, native = self._graph, self._native
+        made = {name for node in graph.nodes for name in node.outputs}
+        self._ints = [value for value in graph.of_kind("input") if value.dtype == "i32"]
+        self._inputs = [value for value in graph.of_kind("input") if value.dtype == "f32"]
+        self._outputs = [graph.values[name] for name in dict.fromkeys(graph.outputs) if name in made]
+        self._int_ids = {value.name: native.int_input(value.name) for value in self._ints}
+        for value in self._inputs:
+            self._buffers[value.name] = native.input(self._dimension(value), _width(value))
+        for value in self._outputs:
+            self._buffers[value.name] = native.output(self._dimension(value), _width(value))
+        self._caches = {value.name: native.cache(*_heads(value), value.dtype) for value in graph.of_kind("state")}
+        current = {name: name for name in self._caches}  # state -> its newest version; older ones are overwritten
+        last = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
+        slots, held = _Slots(), dict[str, int]()
+        for index, node in enumerate(graph.nodes):
+            for name in node.inputs:
+                assert name not in self._caches or name in current.values(), f"{node}: {name} was overwritten before"
+            (output,) = node.outputs
+            if node.op == "cache_write":
+                self._caches[output] = self._caches[node.inputs[0]]
+                state = graph.state_of(output).name
+                current[state] = output
+            elif output not in self._buffers:
+                value = graph.values[output]
+                held[output] = slots.take(value)
+                self._buffers[output] = native.buffer(self._dimension(value), _width(value), held[output])
+            _EMIT[node.op](self, node)
+            for name in {*node.inputs, output} & held.keys():
+                if last.get(name, index) == index:
+                    slots.give(graph.values[name], held.pop(name))
+
+    def _dimension(self, value: Value) -> int:
+        rows = value.shape[0]
+        if rows not in self._dimensions:
+            self._dimensions[rows] = self._native.dimension()
+        return self._dimensions[rows]
+
+    def _vector(self, name: str) -> NDArray[np.float32]:
+        """A small weight as float32, decoded once; the same name gives the same array."""
+        if name not in self._vectors:
+            self._vectors[name] = np.array(self._weights[name].decode(), np.float32)
+        return self._vectors[name]
+
+    def _matrix(self, name: str) -> tuple[NDArray[np.uint8], str, int, int]:
+        tensor = self._weights[name]
+        rows, width = tensor.shape
+        return tensor.data, tensor.format, rows, width
+
+    def _embed(self, node: Node) -> None:
+        tokens, weight = node.inputs
+        self._native.embed(self._buffers[node.outputs[0]], self._int_ids[tokens], *self._matrix(weight))
+
+    def _linear(self, node: Node) -> None:
+        x, weight, *bias = node.inputs
+        vector = self._vector(bias[0]) if bias else None
+        self._native.linear(self._buffers[node.outputs[0]], self._buffers[x], *self._matrix(weight), vector)
+
+    def _rms_norm(self, node: Node) -> None:
+        x, weight = node.inputs
+        out, eps = self._buffers[node.outputs[0]], _number(node, "eps")
+        self._native.rms_norm(out, self._buffers[x], self._vector(weight), eps)
+
+    def _rope(self, node: Node) -> None:
+        x, positions, frequencies = node.inputs
+        self._native.rope(
+            self._buffers[node.outputs[0]],
+            self._buffers[x],
+            self._int_ids[positions],
+            self._vector(frequencies),
+            _number(node, "scale"),
+        )
+
+    def _cache_write(self, node: Node) -> None:
+        cache, keys, values, slots = node.inputs
+        self._native.cache_write(self._caches[cache], self._buffers[keys], self._buffers[values], self._int_ids[slots])
+
+    def _attention(self, node: Node) -> None:
+        queries, cache, positions, starts, lengths, pages = node.inputs
+        self._native.attention(
+            self._buffers[node.outputs[0]],
+            self._buffers[queries],
+            self._caches[cache],
+            self._int_ids[positions],
+            self._int_ids[starts],
+            self._int_ids[lengths],
+            self._int_ids[pages],
+            int(_number(node, "window")) if node.attrs["window"] is not None else 0,
+            _number(node, "scale"),
+        )
+
+    def _pointwise(self, node: Node) -> None:
+        a, b = (self._buffers[name] for name in node.inputs)
+        getattr(self._native, node.op)(self._buffers[node.outputs[0]], a, b)
+
+    def _select_rows(self, node: Node) -> None:
+        x, rows = node.inputs
+        self._native.select_rows(self._buffers[node.outputs[0]], self._buffers[x], self._int_ids[rows])
+
+
+_EMIT: dict[str, Callable[[CpuProgram, Node], None]] = {
+    "embed": CpuProgram._embed,
+    "linear": CpuProgram._linear,
+    "rms_norm": CpuProgram._rms_norm,
+    "rope": CpuProgram._rope,
+    "cache_write": CpuProgram._cache_write,
+    "attention": CpuProgram._attention,
+    "silu_mul": CpuProgram._pointwise,
+    "add": CpuProgram._pointwise,
+    "select_rows": CpuProgram._select_rows,
+}
+
+# Inputs that are bound when the program is compiled; every other one is rows, integers of the step, or a cache.
+_WEIGHTS = {"embed": (1,), "linear": (1, 2), "rms_norm": (1,), "rope": (2,)}
+
+
+def _width(value: Value) -> int:
+    width = value.shape[1]
+    assert isinstance(width, int), f"{value} has no fixed width"
+    return width
+
+
+def _heads(state: Value) -> tuple[int, int]:
+    heads, head_dim = state.shape[2:]
+    assert isinstance(heads, int) and isinstance(head_dim, int), f"{state} has no fixed heads and head_dim"
+    return heads, head_dim
+
+
+def _number(node: Node, name: str) -> float:
+    value = node.attrs[name]
+    assert isinstance(value, int | float), f"{node}: {name} is {value!r}"
+    return float(value)
+
+
+def _checked(
+    value: Value, feeds: Mapping[str, np.ndarray], dtype: type[np.generic], sizes: dict[Dim, int]
+) -> NDArray[Any]:
+    """The array of an input, its dtype and shape checked; symbols that it is the first to bear get their size."""
+    array = feeds.get(value.name)
+    assert array is not None, f"step input {value} was not given"
+    assert array.dtype == dtype and array.ndim == len(value.shape), f"step input {value} is {array.dtype} {array.shape}"
+    for dim, size in zip(value.shape, array.shape, strict=True):
+        expected = dim if isinstance(dim, int) else sizes.setdefault(dim, size)
+        if size != expected:
+            raise BackendError(f"step input {value} is {list(array.shape)}, expected {dim} to be {expected}")
+    return np.ascontiguousarray(array)
+
+
+class CpuBackend:
+    """See the module.
+
+    Attributes:
+        threads: how many threads a step runs on.
+        isa: instruction set of the kernels: "baseline", "avx2" or "avx512".
+    """
+
+    name = "cpu"
+
+    def __init__(self, threads: int | None = None, isa: str = "") -> None:
+        self._pool = _native.Pool(threads or 0)
+        self._isa = isa
+
+    @property
+    def threads(self) -> int:
+        """Threads of the pool, which every program of this backend shares."""
+        return self._pool.threads
+
+    def supports(self, graph: Graph, node: Node) -> bool:
+        """Every operation of the table, with weights bound by name and rows of fixed width."""
+        values = [graph.values[name] for name in node.inputs]
+        bound = _WEIGHTS.get(node.op, ())
+        return (
+            node.op in _EMIT
+            and all((value.kind == "weight") == (at in bound) for at, value in enumerate(values))
+            and all(value.kind == "input" for value in values if value.dtype == "i32")
+            and all(isinstance(dim, int) for value in values if value.dtype == "f32" for dim in value.shape[1:])
+        )
+
+    def compile(self, graph: Graph, weights: Mapping[str, Tensor]) -> CpuProgram:
+        """See `finial.backends.Backend.compile`; weights are used where they are, in every format of formats.py."""
+        return CpuProgram(graph, weights, self._pool, self._isa)
+
+
+def create(threads: int | None) -> CpuBackend:
+    """The backend on the best instruction set of this CPU, or the one that FINIAL_CPU_ISA names.
+
+    Raises:
+        BackendError: the native module is not built, or FINIAL_CPU_ISA names what this CPU or build lacks.
+    """
+    if _native is None:
+        raise BackendError(
+            f"finial's native module is not built for this Python ({_why})",
+            fix="run `pip install .` in finial's directory, with a C++17 compiler installed",
+        )
+    try:
+        _native.isa()
+    except RuntimeError as error:
+        raise BackendError(str(error), fix="unset FINIAL_CPU_ISA or set it to one of these") from error
+    return CpuBackend(threads)

@@ -1,0 +1,219 @@
+// Building a program: every shape is checked here, once, so that the interpreter need not.
+#include "program.h"
+
+#include <stdexcept>
+#include <utility>
+
+namespace finial {
+
+namespace {
+
+constexpr int READ_ONLY = -1;
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+}  // namespace
+
+State::State(std::vector<CacheSpec> specs, int64_t pages, int64_t page_size)
+    : pages(pages), page_size(page_size), specs_(std::move(specs)) {
+  require(pages >= 0 && page_size >= 1 && pages <= INT32_MAX / page_size,
+          "a cache of " + std::to_string(pages) + " pages of " + std::to_string(page_size) +
+              " positions: expected at least 0 and 1, and fewer than 2^31 positions in all");
+  for (const CacheSpec& s : specs_) {
+    const int64_t element = s.type == CacheType::F32 ? 4 : 2;
+    memory_.emplace_back(static_cast<size_t>(pages * page_size * 2 * s.kv_heads * s.head_dim * element));
+  }
+}
+
+int64_t State::nbytes() const {
+  size_t total = 0;
+  for (const Memory& m : memory_) total += m.size();
+  return static_cast<int64_t>(total);
+}
+
+Cache State::cache(int index) const {
+  const CacheSpec& s = specs_[static_cast<size_t>(index)];
+  return {memory_[static_cast<size_t>(index)].data(), s.type, pages, page_size, s.kv_heads, s.head_dim};
+}
+
+int Program::dimension() { return dimensions_++; }
+
+int Program::buffer(int dimension, int64_t width, int slot) {
+  require(dimension >= 0 && dimension < dimensions_ && width >= 1 && slot >= 0 && slot <= slots_,
+          "buffer: dimension, width or slot out of range");
+  if (slot == slots_) ++slots_;
+  buffers_.push_back({dimension, width, slot, -1, false});
+  return static_cast<int>(buffers_.size()) - 1;
+}
+
+int Program::input(int dimension, int64_t width) {
+  require(dimension >= 0 && dimension < dimensions_ && width >= 1, "input: dimension or width out of range");
+  buffers_.push_back({dimension, width, -1, inputs_++, false});
+  return static_cast<int>(buffers_.size()) - 1;
+}
+
+int Program::output(int dimension, int64_t width) {
+  require(dimension >= 0 && dimension < dimensions_ && width >= 1, "output: dimension or width out of range");
+  buffers_.push_back({dimension, width, -1, outputs_++, true});
+  return static_cast<int>(buffers_.size()) - 1;
+}
+
+int Program::int_input(std::string name) {
+  int_names_.push_back(std::move(name));
+  return static_cast<int>(int_names_.size()) - 1;
+}
+
+int Program::cache(CacheSpec spec) {
+  require(spec.kv_heads >= 1 && spec.head_dim >= 1, "cache: kv_heads and head_dim must be at least 1");
+  caches_.push_back(spec);
+  return static_cast<int>(caches_.size()) - 1;
+}
+
+const Program::Buffer& Program::check(int buffer, const char* what) const {
+  require(buffer >= 0 && buffer < static_cast<int>(buffers_.size()), std::string(what) + ": no such buffer");
+  return buffers_[static_cast<size_t>(buffer)];
+}
+
+// Notes that an integer input must have a row's element each, within a limit; the same demand is made once.
+void Program::demand(int input, int dimension, Limit limit, int64_t value, const char* what) {
+  require(input >= 0 && input < static_cast<int>(int_names_.size()), std::string(what) + ": no such integer input");
+  const Check check{input, dimension, limit, value};
+  for (const Check& known : checks_)
+    if (known == check) return;
+  checks_.push_back(check);
+}
+
+// What two instructions can meet in: 4 n is arena slot n, 4 n + 1 output n, 4 n + 2 cache n, 4 n + 3 rope table n.
+// Inputs are never written, so nobody waits for them.
+int Program::resource(int buffer) const {
+  const Buffer& b = buffers_[static_cast<size_t>(buffer)];
+  return b.slot >= 0 ? 4 * b.slot : b.is_output ? 4 * b.external + 1 : READ_ONLY;
+}
+
+void Program::push(Instruction instruction, const std::vector<int>& reads, const std::vector<int>& writes) {
+  for (int w : writes) require(w != READ_ONLY, "an input of the program cannot be written");
+  for (int r : reads)
+    for (int w : writes) require(r != w, "an instruction's output must not share memory with its input");
+  for (int r : reads) instruction.barrier |= written_.count(r) > 0;
+  for (int w : writes) instruction.barrier |= written_.count(w) > 0 || read_.count(w) > 0;
+  if (instruction.barrier) read_.clear(), written_.clear();
+  read_.insert(reads.begin(), reads.end());
+  written_.insert(writes.begin(), writes.end());
+  code_.push_back(instruction);
+}
+
+void Program::embed(int out, int tokens, const finial::Linear& weight) {
+  const Buffer& y = check(out, "embed");
+  require(y.width == weight.n_in, "embed: the output is as wide as a row of the weight");
+  demand(tokens, y.dimension, Limit::Constant, weight.n_out, "embed");
+  Instruction i{Op::Embed};
+  i.out = out, i.ints[0] = tokens, i.linear = weight;
+  push(i, {}, {resource(out)});
+}
+
+void Program::linear(int out, int x, const finial::Linear& weight) {
+  const Buffer &y = check(out, "linear"), &in = check(x, "linear");
+  require(in.width == weight.n_in && y.width == weight.n_out && in.dimension == y.dimension,
+          "linear: x [N, in], weight [out, in] and the output [N, out] do not fit");
+  Instruction i{Op::Linear};
+  i.out = out, i.a = x, i.linear = weight;
+  push(i, {resource(x)}, {resource(out)});
+}
+
+void Program::rms_norm(int out, int x, const float* weight, int64_t width, float eps) {
+  const Buffer &y = check(out, "rms_norm"), &in = check(x, "rms_norm");
+  require(in.width == y.width && in.dimension == y.dimension && width >= 1 && in.width % width == 0,
+          "rms_norm: x [N, D], weight [W] with D % W == 0 and the output [N, D] do not fit");
+  Instruction i{Op::RmsNorm};
+  i.out = out, i.a = x, i.vector = weight, i.width = width, i.number = eps;
+  push(i, {resource(x)}, {resource(out)});
+}
+
+void Program::rope(int out, int x, int positions, const float* frequencies, int64_t head_dim, float scale) {
+  const Buffer &y = check(out, "rope"), &in = check(x, "rope");
+  require(in.width == y.width && in.dimension == y.dimension && head_dim >= 2 && head_dim % 2 == 0 &&
+              in.width % head_dim == 0,
+          "rope: x [N, heads * head_dim] with an even head_dim and the output do not fit");
+  demand(positions, in.dimension, Limit::None, 0, "rope");
+  int table = 0;  // cos and sin of a step's positions are made once for all layers
+  for (; table < static_cast<int>(tables_.size()); ++table) {
+    const RopeTable& t = tables_[static_cast<size_t>(table)];
+    if (t.positions == positions && t.dimension == in.dimension && t.frequencies == frequencies &&
+        t.half == head_dim / 2 && t.scale == scale)
+      break;
+  }
+  if (table == static_cast<int>(tables_.size())) {
+    tables_.push_back({positions, in.dimension, frequencies, head_dim / 2, scale});
+    Instruction make{Op::RopeTable};
+    make.ints[0] = positions, make.table = table;
+    push(make, {}, {4 * table + 3});
+  }
+  Instruction i{Op::Rope};
+  i.out = out, i.a = x, i.ints[0] = positions, i.table = table, i.width = head_dim;
+  push(i, {resource(x), 4 * table + 3}, {resource(out)});
+}
+
+void Program::cache_write(int cache, int keys, int values, int slots) {
+  require(cache >= 0 && cache < static_cast<int>(caches_.size()), "cache_write: no such cache");
+  const CacheSpec& spec = caches_[static_cast<size_t>(cache)];
+  const Buffer &k = check(keys, "cache_write"), &v = check(values, "cache_write");
+  require(k.width == spec.kv_heads * spec.head_dim && v.width == k.width && v.dimension == k.dimension,
+          "cache_write: keys and values [T, kv_heads * head_dim] do not fit the cache");
+  demand(slots, k.dimension, Limit::Slots, 0, "cache_write");
+  Instruction i{Op::CacheWrite};
+  i.a = keys, i.b = values, i.ints[0] = slots, i.cache = cache;
+  push(i, {resource(keys), resource(values)}, {4 * cache + 2});
+}
+
+void Program::attention(int out, int queries, int cache, int positions, int starts, int lengths, int pages,
+                        int64_t window, float scale) {
+  for (int input : {positions, starts, lengths, pages})
+    require(input >= 0 && input < static_cast<int>(int_names_.size()), "attention: no such integer input");
+  require(cache >= 0 && cache < static_cast<int>(caches_.size()), "attention: no such cache");
+  const CacheSpec& spec = caches_[static_cast<size_t>(cache)];
+  const Buffer &y = check(out, "attention"), &q = check(queries, "attention");
+  const int64_t kv = spec.kv_heads * spec.head_dim;
+  require(
+      q.width == y.width && q.dimension == y.dimension && q.width % kv == 0 && window >= 0,
+      "attention: queries [T, heads * head_dim], heads a multiple of kv_heads, and the output do not fit the cache");
+  int map = 0;
+  for (; map < static_cast<int>(maps_.size()); ++map) {
+    const SequenceMap& m = maps_[static_cast<size_t>(map)];
+    if (m.positions == positions && m.starts == starts && m.lengths == lengths && m.pages == pages &&
+        m.dimension == q.dimension)
+      break;
+  }
+  if (map == static_cast<int>(maps_.size())) maps_.push_back({positions, starts, lengths, pages, q.dimension, window});
+  SequenceMap& m = maps_[static_cast<size_t>(map)];
+  m.window = m.window == 0 || window == 0 ? 0 : (m.window > window ? m.window : window);
+  Instruction i{Op::Attention};
+  i.out = out, i.a = queries, i.cache = cache, i.table = map, i.window = window, i.number = scale;
+  i.ints[0] = positions, i.ints[1] = starts, i.ints[2] = lengths, i.ints[3] = pages;
+  i.group = q.width / kv;
+  push(i, {resource(queries), 4 * cache + 2}, {resource(out)});
+}
+
+void Program::pointwise(Op op, int out, int a, int b) {
+  const Buffer &y = check(out, "pointwise"), &x = check(a, "pointwise"), &z = check(b, "pointwise");
+  require(x.width == z.width && x.dimension == z.dimension && y.width == x.width && y.dimension == x.dimension,
+          "silu_mul and add: both inputs and the output must have one shape");
+  Instruction i{op};
+  i.out = out, i.a = a, i.b = b;
+  push(i, {resource(a), resource(b)}, {resource(out)});
+}
+
+void Program::silu_mul(int out, int gate, int up) { pointwise(Op::SiluMul, out, gate, up); }
+void Program::add(int out, int a, int b) { pointwise(Op::Add, out, a, b); }
+
+void Program::select_rows(int out, int x, int rows) {
+  const Buffer &y = check(out, "select_rows"), &in = check(x, "select_rows");
+  require(y.width == in.width, "select_rows: x [T, D] and the output [R, D] do not fit");
+  demand(rows, y.dimension, Limit::Rows, in.dimension, "select_rows");
+  Instruction i{Op::SelectRows};
+  i.out = out, i.a = x, i.ints[0] = rows;
+  push(i, {resource(x)}, {resource(out)});
+}
+
+}  // namespace finial

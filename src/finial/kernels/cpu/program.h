@@ -1,0 +1,163 @@
+// A graph lowered to a flat list of instructions over buffers, and the interpreter that runs it: one call per step.
+//
+// Python builds a program once (backends/cpu.py) and then only calls `run`. Shapes are [rows, width] throughout: the
+// width is fixed when the program is built, the rows come with each step, one number per row dimension of the graph.
+// Nothing that a step brings can make a kernel read or write outside its arrays: `run` checks it and throws
+// std::invalid_argument naming the input. Weights are used where they are: whoever builds the program keeps them alive.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+#include "threads.h"
+
+namespace finial {
+
+// The keys and values of one layer: what a state value of the graph is made of.
+struct CacheSpec {
+  int64_t kv_heads, head_dim;
+  CacheType type;
+  bool operator==(const CacheSpec& o) const {
+    return kv_heads == o.kv_heads && head_dim == o.head_dim && type == o.type;
+  }
+};
+
+// pages * page_size zeroed positions of each cache; memory is taken as it is written.
+class State {
+ public:
+  State(std::vector<CacheSpec> specs, int64_t pages, int64_t page_size);
+  State(State&&) = default;
+  State(const State&) = delete;
+  int64_t nbytes() const;
+  const std::vector<CacheSpec>& specs() const { return specs_; }
+  Cache cache(int index) const;
+  int64_t pages, page_size;
+
+ private:
+  std::vector<CacheSpec> specs_;
+  std::vector<Memory> memory_;
+};
+
+struct IntArray {  // an int32 input of a step, row-major
+  const int32_t* data;
+  std::vector<int64_t> shape;
+};
+
+struct FloatArray {  // a float32 input or output of a step
+  float* data;
+  int64_t rows, width;
+};
+
+enum class Op { RopeTable, Embed, Linear, RmsNorm, Rope, CacheWrite, Attention, SiluMul, Add, SelectRows };
+
+struct Instruction {
+  Op op;
+  int out = -1, a = -1, b = -1;  // buffers
+  int ints[4] = {-1, -1, -1, -1};
+  int cache = -1;  // index of a state's cache
+  int table = -1;  // index of a rope table, or of an attention's sequence map
+  finial::Linear linear{};
+  const float* vector = nullptr;  // norm weight [width], or inverse frequencies [width / 2]
+  int64_t width = 0;              // of a norm's group, or head_dim
+  int64_t group = 0, window = 0;
+  float number = 0;      // eps, or scale
+  bool barrier = false;  // wait for all threads first: this reads or overwrites what another may still be at
+};
+
+class Program {
+ public:
+  Program(std::shared_ptr<Pool> pool, const Kernels* kernels) : pool_(std::move(pool)), kernels_(kernels) {}
+
+  // Building. Indices returned are what later calls take; a shape that does not fit throws std::invalid_argument.
+  int dimension();                                                // a number of rows that each step gives
+  int buffer(int dimension, int64_t width, int slot);             // slot: arena memory that buffers take turns in
+  int input(int dimension, int64_t width);                        // an array given to `run`: only read
+  int output(int dimension, int64_t width);                       // an array given to `run`: only written
+  int int_input(std::string name);                                // given to `run`, in the order of declaration
+  int cache(CacheSpec spec);                                      // one state of the graph
+  void embed(int out, int tokens, const finial::Linear& weight);  // weight.n_in is the width, n_out the vocabulary
+  void linear(int out, int x, const finial::Linear& weight);
+  void rms_norm(int out, int x, const float* weight, int64_t width, float eps);
+  void rope(int out, int x, int positions, const float* frequencies, int64_t head_dim, float scale);
+  void cache_write(int cache, int keys, int values, int slots);
+  void attention(int out, int queries, int cache, int positions, int starts, int lengths, int pages, int64_t window,
+                 float scale);
+  void silu_mul(int out, int gate, int up);
+  void add(int out, int a, int b);
+  void select_rows(int out, int x, int rows);
+
+  State new_state(int64_t pages, int64_t page_size) const { return State(caches_, pages, page_size); }
+  const std::vector<Instruction>& instructions() const { return code_; }
+  const Kernels& kernels() const { return *kernels_; }
+
+  // One step. sizes: rows per dimension; ints, inputs and outputs in the order in which they were declared.
+  void run(const std::vector<int64_t>& sizes, const std::vector<IntArray>& ints, const std::vector<FloatArray>& inputs,
+           const std::vector<FloatArray>& outputs, const State& state);
+
+ private:
+  struct Buffer {
+    int dimension;
+    int64_t width;
+    int slot;      // -1: external
+    int external;  // inputs count from 0, outputs too; -1: arena
+    bool is_output;
+  };
+  struct RopeTable {
+    int positions, dimension;
+    const float* frequencies;
+    int64_t half;
+    float scale;
+  };
+  struct SequenceMap {
+    int positions, starts, lengths, pages, dimension;
+    int64_t window;  // the widest of the attentions that use it; 0 is everything
+  };
+  enum class Limit { None, Constant, Slots, Rows };  // what an integer input must stay below
+  struct Check {
+    int input, dimension;  // one element for each row of this dimension
+    Limit limit;
+    int64_t value;  // the constant, or the dimension whose rows are counted
+    bool operator==(const Check& o) const {
+      return input == o.input && dimension == o.dimension && limit == o.limit && value == o.value;
+    }
+  };
+  struct Step;  // what one run needs beside the program
+
+  const Buffer& check(int buffer, const char* what) const;
+  void demand(int input, int dimension, Limit limit, int64_t value, const char* what);
+  void push(Instruction instruction, const std::vector<int>& reads, const std::vector<int>& writes);
+  int resource(int buffer) const;
+  void pointwise(Op op, int out, int a, int b);
+
+  void check_step(const Step& step) const;
+  void check_rows(const Step& step, int input, int dimension) const;
+  void check_range(const Step& step, const Check& check) const;
+  void check_sequences(const Step& step, const SequenceMap& map) const;
+  void reserve(Step& step);
+  void execute(const Instruction& i, const Step& step, int thread);
+
+  std::shared_ptr<Pool> pool_;
+  const Kernels* kernels_;
+  int dimensions_ = 0, inputs_ = 0, outputs_ = 0, slots_ = 0;
+  std::vector<Buffer> buffers_;
+  std::vector<std::string> int_names_;
+  std::vector<CacheSpec> caches_;
+  std::vector<RopeTable> tables_;
+  std::vector<SequenceMap> maps_;
+  std::vector<Check> checks_;
+  std::vector<Instruction> code_;
+  std::set<int> read_, written_;  // since the last barrier, while building
+
+  std::mutex running_;
+  Memory arena_, scratch_;
+  std::vector<int32_t> sequence_;                 // [maps][rows]: the sequence of a row
+  std::unique_ptr<std::atomic<int64_t>[]> next_;  // [instructions]: the next item that nobody has taken
+  size_t counters_ = 0;
+};
+
+}  // namespace finial

@@ -1,0 +1,294 @@
+// Running a program: checks what the step brings, reserves memory, then every thread walks the instructions and takes
+// its share of each. A barrier stands only where the builder found that one instruction needs another's result.
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "program.h"
+
+namespace finial {
+
+struct Program::Step {
+  const std::vector<int64_t>& sizes;
+  const std::vector<IntArray>& ints;
+  const State& state;
+  std::vector<float*> buffers;  // by buffer
+  std::vector<float*> tables;   // by rope table: cos [rows, half], then sin
+  float* scratch = nullptr;
+  int64_t scratch_stride = 0;             // floats per thread
+  std::vector<const int32_t*> sequences;  // by sequence map
+
+  int64_t rows(const Buffer& b) const { return sizes[static_cast<size_t>(b.dimension)]; }
+  const IntArray& input(int index) const { return ints[static_cast<size_t>(index)]; }
+};
+
+namespace {
+
+[[noreturn]] void reject(const std::string& message) { throw std::invalid_argument(message); }
+
+int64_t rounded(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
+constexpr int64_t LINE = 16;  // floats in a cache line: shares end on these, so that no line has two writers
+
+}  // namespace
+
+void Program::check_rows(const Step& step, int input, int dimension) const {
+  const IntArray& a = step.input(input);
+  const int64_t expected = step.sizes[static_cast<size_t>(dimension)];
+  if (a.shape.size() != 1 || a.shape[0] != expected)
+    reject("step input " + int_names_[static_cast<size_t>(input)] + " has " +
+           std::to_string(a.shape.empty() ? 0 : a.shape[0]) + " elements, expected " + std::to_string(expected));
+}
+
+void Program::check_range(const Step& step, const Check& check) const {
+  int64_t limit = check.value;
+  if (check.limit == Limit::Slots) limit = step.state.pages * step.state.page_size;
+  if (check.limit == Limit::Rows) limit = step.sizes[static_cast<size_t>(check.value)];
+  const IntArray& a = step.input(check.input);
+  for (int64_t i = 0; i < a.shape[0]; ++i)
+    if (a.data[i] < 0 || a.data[i] >= limit)
+      reject("step input " + int_names_[static_cast<size_t>(check.input)] + " holds " + std::to_string(a.data[i]) +
+             " at index " + std::to_string(i) + ", expected 0 to " + std::to_string(limit - 1));
+}
+
+// Every position that a row attends to must lie on a page of the cache.
+void Program::check_sequences(const Step& step, const SequenceMap& map) const {
+  const auto name = [&](int input) { return "step input " + int_names_[static_cast<size_t>(input)]; };
+  const IntArray &positions = step.input(map.positions), &starts = step.input(map.starts),
+                 &lengths = step.input(map.lengths), &pages = step.input(map.pages);
+  check_rows(step, map.positions, map.dimension);
+  const int64_t rows = positions.shape[0], page_size = step.state.page_size;
+  if (lengths.shape.size() != 1) reject(name(map.lengths) + " must have one axis");
+  const int64_t count = lengths.shape[0];
+  if (starts.shape.size() != 1 || starts.shape[0] != count + 1 || starts.data[0] != 0 || starts.data[count] != rows)
+    reject(name(map.starts) + " must hold " + std::to_string(count + 1) + " row numbers from 0 to " +
+           std::to_string(rows));
+  if (pages.shape.size() != 2 || pages.shape[0] != count)
+    reject(name(map.pages) + " must have one row for each of " + std::to_string(count) + " sequences");
+  for (int64_t b = 0; b < count; ++b) {
+    const int64_t from = starts.data[b], to = starts.data[b + 1], length = lengths.data[b];
+    if (to < from || to > rows) reject(name(map.starts) + " must not decrease: sequence " + std::to_string(b));
+    if (length < 0 || length > pages.shape[1] * page_size)
+      reject(name(map.lengths) + " holds " + std::to_string(length) + " for sequence " + std::to_string(b) +
+             ", its pages hold 0 to " + std::to_string(pages.shape[1] * page_size));
+    int64_t low = length, high = -1;
+    for (int64_t t = from; t < to; ++t) {
+      const int64_t p = positions.data[t];
+      if (p < 0 || p >= length)
+        reject(name(map.positions) + " holds " + std::to_string(p) + " in row " + std::to_string(t) +
+               ", expected 0 to " + std::to_string(length - 1));
+      low = p < low ? p : low;
+      high = p > high ? p : high;
+    }
+    if (from == to) continue;
+    low = map.window == 0 || low < map.window ? 0 : low - map.window + 1;
+    for (int64_t p = low / page_size; p <= high / page_size; ++p) {
+      const int64_t page = pages.data[b * pages.shape[1] + p];
+      if (page < 0 || page >= step.state.pages)
+        reject(name(map.pages) + " holds " + std::to_string(page) + " for sequence " + std::to_string(b) +
+               ", expected 0 to " + std::to_string(step.state.pages - 1));
+    }
+  }
+}
+
+void Program::check_step(const Step& step) const {
+  for (const Check& check : checks_) {
+    check_rows(step, check.input, check.dimension);
+    if (check.limit != Limit::None) check_range(step, check);
+  }
+  for (const SequenceMap& map : maps_) check_sequences(step, map);
+}
+
+// Places every buffer, rope table and scratch area; memory is kept from step to step and only grows.
+void Program::reserve(Step& step) {
+  std::vector<int64_t> slots(static_cast<size_t>(slots_), 0);
+  for (const Buffer& b : buffers_)
+    if (b.slot >= 0) {
+      int64_t& size = slots[static_cast<size_t>(b.slot)];
+      const int64_t wanted = rounded(step.rows(b) * b.width, LINE);
+      size = wanted > size ? wanted : size;
+    }
+  int64_t total = 0;
+  std::vector<int64_t> offsets, table_offsets;
+  for (int64_t size : slots) offsets.push_back(total), total += size;
+  for (const RopeTable& t : tables_) {
+    table_offsets.push_back(total);
+    total += rounded(2 * step.sizes[static_cast<size_t>(t.dimension)] * t.half, LINE);
+  }
+  const size_t bytes = static_cast<size_t>(total) * sizeof(float);
+  if (arena_.size() < bytes) {
+    arena_ = Memory();
+    arena_ = Memory(bytes, Pages::Huge);
+  }
+  for (size_t i = 0; i < buffers_.size(); ++i)
+    if (buffers_[i].slot >= 0) step.buffers[i] = arena_.floats() + offsets[static_cast<size_t>(buffers_[i].slot)];
+  for (int64_t offset : table_offsets) step.tables.push_back(arena_.floats() + offset);
+
+  for (const Instruction& i : code_) {
+    int64_t wanted = 0;
+    if (i.op == Op::Linear)
+      wanted = kernels_->linear_scratch(i.linear, step.rows(buffers_[static_cast<size_t>(i.out)]));
+    if (i.op == Op::Attention) {
+      finial::Attention a{};
+      a.cache = step.state.cache(i.cache), a.group = i.group;
+      wanted = kernels_->attention_scratch(a);
+    }
+    if (rounded(wanted, LINE) > step.scratch_stride) step.scratch_stride = rounded(wanted, LINE);
+  }
+  const size_t scratch = static_cast<size_t>(step.scratch_stride * pool_->threads()) * sizeof(float);
+  if (scratch_.size() < scratch) {
+    scratch_ = Memory();
+    scratch_ = Memory(scratch, Pages::Small);
+  }
+  step.scratch = scratch_.floats();
+
+  int64_t rows = 0;
+  for (const SequenceMap& m : maps_) rows += step.sizes[static_cast<size_t>(m.dimension)];
+  sequence_.resize(static_cast<size_t>(rows));
+  int32_t* at = sequence_.data();
+  for (const SequenceMap& m : maps_) {
+    step.sequences.push_back(at);
+    const IntArray& starts = step.input(m.starts);
+    for (int64_t b = 0; b + 1 < starts.shape[0]; ++b)
+      for (int64_t t = starts.data[b]; t < starts.data[b + 1]; ++t) *at++ = static_cast<int32_t>(b);
+  }
+  if (counters_ != code_.size()) {
+    next_ = std::make_unique<std::atomic<int64_t>[]>(code_.size());
+    counters_ = code_.size();
+  }
+  for (size_t i = 0; i < counters_; ++i) next_[i].store(0, std::memory_order_relaxed);
+}
+
+void Program::run(const std::vector<int64_t>& sizes, const std::vector<IntArray>& ints,
+                  const std::vector<FloatArray>& inputs, const std::vector<FloatArray>& outputs, const State& state) {
+  if (static_cast<int>(sizes.size()) != dimensions_ || ints.size() != int_names_.size() ||
+      static_cast<int>(inputs.size()) != inputs_ || static_cast<int>(outputs.size()) != outputs_)
+    reject("run: the number of sizes, integer inputs, inputs or outputs is not the program's");
+  if (!(state.specs() == caches_)) reject("run: the state was made for another program");
+  for (int64_t size : sizes)
+    if (size < 0) reject("run: a negative number of rows");
+  std::lock_guard<std::mutex> lock(running_);
+  Step step{sizes, ints, state, std::vector<float*>(buffers_.size()), {}, nullptr, 0, {}};
+  for (size_t i = 0; i < buffers_.size(); ++i) {
+    const Buffer& b = buffers_[i];
+    if (b.external < 0) continue;
+    const FloatArray& a = (b.is_output ? outputs : inputs)[static_cast<size_t>(b.external)];
+    if (a.rows != step.rows(b) || a.width != b.width)
+      reject(std::string(b.is_output ? "run: output " : "run: input ") + std::to_string(b.external) + " is [" +
+             std::to_string(a.rows) + ", " + std::to_string(a.width) + "], expected [" + std::to_string(step.rows(b)) +
+             ", " + std::to_string(b.width) + "]");
+    step.buffers[i] = a.data;
+  }
+  check_step(step);
+  reserve(step);
+  pool_->run([&](int thread) {
+    for (const Instruction& i : code_) {
+      if (i.barrier) pool_->barrier();
+      execute(i, step, thread);
+    }
+  });
+}
+
+void Program::execute(const Instruction& i, const Step& step, int thread) {
+  const int threads = pool_->threads();
+  const auto at = [&](int buffer) { return step.buffers[static_cast<size_t>(buffer)]; };
+  const auto spec = [&](int buffer) -> const Buffer& { return buffers_[static_cast<size_t>(buffer)]; };
+  switch (i.op) {
+    case Op::RopeTable: {
+      const RopeTable& t = tables_[static_cast<size_t>(i.table)];
+      const int64_t rows = step.sizes[static_cast<size_t>(t.dimension)];
+      float* cos = step.tables[static_cast<size_t>(i.table)];
+      float* sin = cos + rows * t.half;
+      const Range part = share(rows, thread, threads);
+      for (int64_t row = part.begin; row < part.end; ++row) {
+        const float position = static_cast<float>(step.input(i.ints[0]).data[row]);
+        for (int64_t k = 0; k < t.half; ++k) {
+          const float angle = position * t.frequencies[k];
+          cos[row * t.half + k] = std::cos(angle) * t.scale;
+          sin[row * t.half + k] = std::sin(angle) * t.scale;
+        }
+      }
+      break;
+    }
+    case Op::Embed: {
+      const Range part = share(step.rows(spec(i.out)), thread, threads);
+      for (int64_t row = part.begin; row < part.end; ++row)
+        kernels_->decode(i.linear.format, i.linear.weight + step.input(i.ints[0]).data[row] * i.linear.row_bytes,
+                         i.linear.n_in, at(i.out) + row * i.linear.n_in);
+      break;
+    }
+    case Op::Linear: {
+      const int64_t rows = step.rows(spec(i.out));
+      const Range part = share(i.linear.n_out, thread, threads, LINE);
+      if (rows > 0 && part.begin < part.end)
+        kernels_->linear(i.linear, at(i.a), at(i.out), rows, part.begin, part.end,
+                         step.scratch + thread * step.scratch_stride);
+      break;
+    }
+    case Op::RmsNorm: {
+      const Range part = share(step.rows(spec(i.out)) * (spec(i.out).width / i.width), thread, threads);
+      for (int64_t g = part.begin; g < part.end; ++g)
+        kernels_->rms_norm(at(i.a) + g * i.width, i.vector, at(i.out) + g * i.width, i.width, i.number);
+      break;
+    }
+    case Op::Rope: {
+      const int64_t rows = step.rows(spec(i.out)), heads = spec(i.out).width / i.width, half = i.width / 2;
+      const float* cos = step.tables[static_cast<size_t>(i.table)];
+      const float* sin = cos + rows * half;
+      const Range part = share(rows * heads, thread, threads);
+      for (int64_t h = part.begin; h < part.end; ++h)
+        kernels_->rope(at(i.a) + h * i.width, cos + h / heads * half, sin + h / heads * half, at(i.out) + h * i.width,
+                       i.width);
+      break;
+    }
+    case Op::CacheWrite: {
+      const Cache cache = step.state.cache(i.cache);
+      const Range part = share(step.rows(spec(i.a)) * cache.kv_heads, thread, threads);
+      for (int64_t h = part.begin; h < part.end; ++h) {
+        const int64_t slot = step.input(i.ints[0]).data[h / cache.kv_heads];
+        uint8_t* keys = cache.keys(slot / cache.page_size, h % cache.kv_heads) +
+                        slot % cache.page_size * cache.head_dim * cache.element();
+        kernels_->store(cache.type, at(i.a) + h * cache.head_dim, keys, cache.head_dim);
+        kernels_->store(cache.type, at(i.b) + h * cache.head_dim, keys + cache.run_bytes(), cache.head_dim);
+      }
+      break;
+    }
+    case Op::Attention: {
+      const IntArray& pages = step.input(i.ints[3]);
+      const finial::Attention a{at(i.a),
+                                at(i.out),
+                                step.state.cache(i.cache),
+                                step.input(i.ints[0]).data,
+                                step.sequences[static_cast<size_t>(i.table)],
+                                pages.data,
+                                pages.shape[1],
+                                i.group,
+                                i.window,
+                                i.number};
+      // Items cost as much as their sequence is long, so threads take them one by one.
+      std::atomic<int64_t>& next = next_[static_cast<size_t>(&i - code_.data())];
+      const int64_t items = step.rows(spec(i.out)) * a.cache.kv_heads;
+      for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;)
+        kernels_->attention(a, item, item + 1, step.scratch + thread * step.scratch_stride);
+      break;
+    }
+    case Op::SiluMul:
+    case Op::Add: {
+      const Range part = share(step.rows(spec(i.out)) * spec(i.out).width, thread, threads, LINE);
+      const auto kernel = i.op == Op::Add ? kernels_->add : kernels_->silu_mul;
+      kernel(at(i.a) + part.begin, at(i.b) + part.begin, at(i.out) + part.begin, part.end - part.begin);
+      break;
+    }
+    case Op::SelectRows: {
+      const int64_t width = spec(i.out).width;
+      const Range part = share(step.rows(spec(i.out)), thread, threads);
+      for (int64_t row = part.begin; row < part.end; ++row)
+        std::memcpy(at(i.out) + row * width, at(i.a) + step.input(i.ints[0]).data[row] * width,
+                    static_cast<size_t>(width) * sizeof(float));
+      break;
+    }
+  }
+}
+
+}  // namespace finial
