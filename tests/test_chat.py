@@ -168,7 +168,8 @@ LLAMA3 = """{{- bos_token }}
 
 # Features that published templates use here and there.
 FEATURES = """{% set ns = namespace(parts=[], n=0) %}
-{% macro show(x, sep=', ') %}{{ x.role|upper }}{{ sep }}{% if caller is defined %}{{ caller() }}{% endif %}{% endmacro %}
+{% macro show(x, sep=', ') %}{{ x.role|upper }}{{ sep }}
+{% if caller is defined %}{{ caller() }}{% endif %}{% endmacro %}
 {% for m in messages if m.content is string and m.content|length > 0 %}
     {% if loop.index > 3 %}{% break %}{% endif %}
     {% if m.role == 'tool' %}{% continue %}{% endif %}

@@ -302,7 +302,7 @@ def tokenizer_to_gguf(
 
     Args:
         tokenizer: the parsed tokenizer.json.
-        config: the parsed tokenizer_config.json (bos_token, eos_token, add_bos_token …).
+        config: the parsed tokenizer_config.json, for bos_token, eos_token, unk_token and pad_token.
         vocab_size: rows of the model's embedding; ids without a token up to it become unused tokens.
         chat_templates: by name; "default" is the one llama.cpp uses.
 
@@ -367,10 +367,9 @@ def _metadata(
         if content in vocab:
             out[f"tokenizer.ggml.{key}_token_id"] = vocab[content]
     before, after = _template_ids(tokenizer.get("post_processor"))
-    explicit = "add_bos_token" in config or "add_eos_token" in config
     for key, ids in (("bos", before), ("eos", after)):
-        out[f"tokenizer.ggml.add_{key}_token"] = bool(config.get(f"add_{key}_token") if explicit else ids)
-        if ids and not explicit:
+        out[f"tokenizer.ggml.add_{key}_token"] = bool(ids)
+        if ids:
             out.setdefault(f"tokenizer.ggml.{key}_token_id", ids[0])
     for name, text in chat_templates.items():
         out["tokenizer.chat_template" + ("" if name == "default" else f".{name}")] = text

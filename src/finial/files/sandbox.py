@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
@@ -52,10 +52,12 @@ class Budget:
         self.weights: dict[int, tuple[object, int]] = {}
 
     def tick(self) -> None:
+        """Raises when the time is over."""
         if time.monotonic() > self.deadline:
             raise LimitError("it runs longer than its time limit")
 
     def charge(self, amount: int) -> None:
+        """Takes from the work that is left, and ticks."""
         self.work -= amount
         if self.work < 0:
             raise LimitError(f"it makes more than {MAX_WORK:,} characters and elements")
@@ -104,6 +106,7 @@ class Budget:
         return value
 
     def watched(self, items: Iterable[Any]) -> Iterator[Any]:
+        """The items, with a tick for each."""
         for item in items:
             self.tick()
             yield item
@@ -210,11 +213,17 @@ _FILTER_GUARDS: dict[str, Callable[..., None]] = {
     "sum": _guard_sum,
 }
 # Unbounded in ways that no published template needs.
-_NO_FILTERS = frozenset("batch format pprint random slice striptags urlize wordcount wordwrap xmlattr".split())
+_NO_FILTERS = frozenset(
+    re.findall(r"\w+", "batch format pprint random slice striptags urlize wordcount wordwrap xmlattr")
+)
 _STR_METHODS = frozenset(
-    "capitalize casefold center count endswith expandtabs find format index isalnum isalpha isascii isdecimal isdigit "
-    "islower isnumeric isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace "
-    "rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill".split()
+    re.findall(
+        r"\w+",
+        "capitalize casefold center count endswith expandtabs find format index isalnum isalpha isascii isdecimal "
+        "isdigit islower isnumeric isspace istitle isupper join ljust lower lstrip partition removeprefix "
+        "removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase "
+        "title upper zfill",
+    )
 )
 _METHODS: tuple[tuple[type, frozenset[str]], ...] = (
     (str, _STR_METHODS),
@@ -234,9 +243,10 @@ class _Namespace(Namespace):
 class _Generation(Extension):
     """`{% generation %}` marks assistant text for training; here it only delimits."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Any) -> nodes.Node:
+        """The block as if its tags were not there, in its own scope."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body).set_lineno(line)
@@ -251,6 +261,7 @@ class _Guards(NodeTransformer):
         return call
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
+        """A tick in every iteration, also in those that the test leaves out."""
         self.generic_visit(node)
         node.body.insert(0, nodes.ExprStmt(self._call("tick", [], node.lineno)).set_lineno(node.lineno))
         if node.test is not None:
@@ -258,10 +269,12 @@ class _Guards(NodeTransformer):
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        """`~` as a call that knows the size first."""
         self.generic_visit(node)
         return self._call("concat_values", node.nodes, node.lineno)
 
     def visit_List(self, node: nodes.List | nodes.Dict | nodes.Tuple) -> nodes.Expr:
+        """A literal as the argument of a call, whose result is weighed."""
         self.generic_visit(node)
         return node if getattr(node, "ctx", "load") != "load" else self._call("checked", [node], node.lineno)
 
@@ -270,6 +283,8 @@ class _Guards(NodeTransformer):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
+    """The environment of transformers' chat templates, with the checks.  Renders under the `current_budget` only."""
+
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
     def __init__(self) -> None:
@@ -289,24 +304,29 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def tick() -> bool:
+        """Time check; true, so that it can stand in a condition."""
         current_budget.get().tick()
         return True
 
     @staticmethod
     def checked(value: Any) -> Any:
-        return value  # `call` checks every result
+        """The value itself: `call` weighs every result."""
+        return value
 
     @staticmethod
     def concat_values(*values: Any) -> str:
+        """The `~` operator."""
         return "".join(map(str, _join(values, "")))
 
     @staticmethod
-    def concat(parts: Iterable[str]) -> str:  # what `{% set %}` blocks and macros collect
+    def concat(parts: Iterable[str]) -> str:
+        """Joins what a `{% set %}` block or a macro collected."""
         kept = list(parts)
         current_budget.get().string(sum(map(len, kept)))
         return "".join(kept)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """A white list by type, within what jinja2 allows."""
         if not super().is_safe_attribute(obj, attr, value):
             return False
         for kind, names in _METHODS:
@@ -315,6 +335,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return isinstance(obj, _OPEN_TYPES)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """`str.format` with a bound on its result."""
         wrapped = super().wrap_str_format(value)
         if wrapped is None:
             return None
@@ -329,10 +350,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return guarded
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """An operator, checked before and weighed after."""
         _guard_binop(operator, left, right)
         return current_budget.get().checked(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """A call, with string methods checked before and the result weighed after."""
         budget = current_budget.get()
         budget.tick()
         owner = getattr(__obj, "__self__", None)
@@ -403,7 +426,7 @@ def _raise_exception(message: Any) -> None:
     raise RefusedError(str(message))
 
 
-def _strftime_now(format: str) -> str:  # noqa: A002  # the name templates may use
+def _strftime_now(format: str) -> str:  # the name templates may use
     if len(format) > 1000 or _STRFTIME_WIDE.search(format):
         raise LimitError("it formats the date with a field that is too wide")
     return datetime.now().strftime(format)

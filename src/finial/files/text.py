@@ -181,7 +181,9 @@ class Text:
                 variables[name] = token
         before, after = _around(tokenizer)
         bos, eos = (tokenizer.token_to_id(variables.get(name, "")) for name in ("bos_token", "eos_token"))
-        if "add_bos_token" in config or "add_eos_token" in config:  # transformers lets these decide when they are there
+        if not (
+            path / "tokenizer.json"
+        ).exists():  # a tokenizer.json says it itself; transformers ignores the flags then
             before = [bos] if config.get("add_bos_token") and bos is not None else []
             after = [eos] if config.get("add_eos_token") and eos is not None else []
         more = _read_json(path / "generation_config.json").get("eos_token_id")
@@ -264,6 +266,7 @@ class Text:
         return found
 
     def is_special(self, token: int) -> bool:
+        """Whether `skip_special` leaves this token out."""
         return token in self._special
 
     def _literal_tokenizer(self) -> Tokenizer:
