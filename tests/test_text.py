@@ -25,7 +25,7 @@ from finial.files.text import Text
 
 CORPUS = [
     "Before we proceed any further, hear me speak. I'll say what's due; they've done it, we'd go, HE'S here, can't.",
-    "def tokenize(text: str) -> list[int]:\n\treturn [ord(c) for c in text if c != '\\n']  # naïve\n\n\n\tif x > 9**6:\n",
+    "def tokenize(text: str) -> list[int]:\n\treturn [ord(c) for c in text if c != '\\n']  # naïve\n\n\n\tif x > 9:\n",
     "for (int i = 0; i < n; ++i) { a[i] += b[i]*0x1F3; }\r\n\r\n#include <stdio.h>\r\n",
     "你好,世界。日本語のテキストと한국어 텍스트。东京2024年12月31日",
     "😀 👩‍💻 👨‍👩‍👧‍👦 🏳️‍🌈 🇨🇭 👍🏽 ❤️‍🔥 ☃\ufe0f",

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
@@ -243,7 +243,7 @@ class _Namespace(Namespace):
 class _Generation(Extension):
     """`{% generation %}` marks assistant text for training; here it only delimits."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  # jinja2 declares it without ClassVar
 
     def parse(self, parser: Any) -> nodes.Node:
         """The block as if its tags were not there, in its own scope."""
