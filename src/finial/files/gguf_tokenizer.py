@@ -56,7 +56,7 @@ class Splitting:
 
 # By `tokenizer.ggml.pre`.  The first name of equal rows is the one that is written.
 SPLITTINGS: Mapping[str, Splitting] = {
-    "qwen2": Splitting(_QWEN2_SPLITS, nfc=True),
+    "qwen2": Splitting(_QWEN2_SPLITS, nfc=True),  # llama.cpp leaves out NFC; Qwen's tokenizer.json is what was trained
     "deepseek-r1-qwen": Splitting(_QWEN2_SPLITS),
     "llama-bpe": Splitting(_LLAMA3_SPLITS, ignore_merges=True, add_bos=True),
     "llama3": Splitting(_LLAMA3_SPLITS, ignore_merges=True, add_bos=True),
