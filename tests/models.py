@@ -67,16 +67,18 @@ def save(name: str, path: Path, dtype: torch.dtype = torch.bfloat16, **options: 
     return path
 
 
-def logits(name: str, tokens: list[int]) -> np.ndarray:
+@functools.cache
+def logits(name: str, tokens: tuple[int, ...]) -> np.ndarray:
     """transformers' float32 logits, [T, vocab]."""
     with torch.no_grad():
-        return model(name)(torch.tensor([tokens])).logits[0].numpy()
+        return model(name)(torch.tensor([list(tokens)])).logits[0].numpy()
 
 
-def greedy(name: str, tokens: list[int], count: int) -> list[int]:
+@functools.cache
+def greedy(name: str, tokens: tuple[int, ...], count: int) -> list[int]:
     """transformers' greedy continuation."""
     ids = model(name).generate(
-        torch.tensor([tokens]), attention_mask=torch.ones(1, len(tokens), dtype=torch.long), max_new_tokens=count,
+        torch.tensor([list(tokens)]), attention_mask=torch.ones(1, len(tokens), dtype=torch.long), max_new_tokens=count,
         min_new_tokens=count, do_sample=False, pad_token_id=0,
     )  # fmt: skip
     return ids[0, len(tokens) :].tolist()  # type: ignore[no-any-return]
