@@ -1,4 +1,4 @@
-"""The one loop: requests in, steps of the executable, events out.  A single prompt is a batch of one.
+"""The one loop: requests in, steps of the executable, pieces out.  A single prompt is a batch of one.
 
 Knows requests, steps, sampling and threads; nothing of files, graphs, or how logits are computed.
 
@@ -18,7 +18,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -60,7 +60,6 @@ class Engine:
         cache: False recomputes every sequence from its first token for each new one.
         prefix_reuse: sequences share the full pages of a common beginning, also with those already finished.
         eos_ids: token ids that end a text unless `ignore_eos`.
-        detokenizer: makes a fresh one for each sequence; None: events have no text and stop strings are refused.
     """
 
     def __init__(
@@ -76,7 +75,6 @@ class Engine:
         cache: bool = True,
         prefix_reuse: bool = True,
         eos_ids: Iterable[int] = (),
-        detokenizer: Callable[[], Detokenizer] | None = None,
     ) -> None:
         for name, value in (
             ("pages", pages),
@@ -106,7 +104,6 @@ class Engine:
         )
         self._builder = StepBuilder(page_size)
         self._eos_ids = frozenset(eos_ids)
-        self._new_detokenizer = detokenizer
         self._handles: dict[Scheduled, Handle] = {}  # those not finished, in order of submission
         self._inbox: deque[Scheduled] = deque()
         self._cancelled: deque[Handle] = deque()
@@ -123,12 +120,19 @@ class Engine:
         return self._pool.held
 
     def submit(
-        self, tokens: Sequence[int], params: SamplingParams | None = None, *, sample: int = 0, keep_logits: bool = False
+        self,
+        tokens: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        detokenizer: Detokenizer | None = None,
+        sample: int = 0,
+        keep_logits: bool = False,
     ) -> Handle:
         """Queue one sequence; returns at once.
 
         Args:
             tokens: the prompt, at least one id.
+            detokenizer: a fresh one, for this sequence alone; None: its pieces have no text.
             sample: stream of random numbers under the same seed, 0 … params.n - 1; params.n itself is not looked at.
             keep_logits: keep the logits of every prompt position (Handle.prompt_logits).
         Raises:
@@ -138,7 +142,7 @@ class Engine:
         params = params if params is not None else SamplingParams()
         ids = self._checked(tokens)
         params.check_vocabulary(self.vocab_size)
-        if params.stop and self._new_detokenizer is None:
+        if params.stop and detokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model has none", fix="use stop_ids")
         max_new = params.max_tokens
         if max_new is None:
@@ -153,7 +157,7 @@ class Engine:
             seed=params.seed if params.seed is not None else secrets.randbits(64),
             sample=sample,
             stop_ids=frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self._eos_ids),
-            detokenizer=self._new_detokenizer() if self._new_detokenizer is not None else None,
+            detokenizer=detokenizer,
             keep_logits=keep_logits,
             submitted=time.perf_counter(),
         )
@@ -209,8 +213,8 @@ class Engine:
                     self._turn.notify_all()
 
     def wait(self, handle: Handle, seen: int) -> None:
-        """Drive until the handle has more than `seen` events or is finished."""
-        while len(handle.events) <= seen and handle.finish_reason is None:
+        """Drive until the handle has more than `seen` pieces or is finished."""
+        while len(handle.pieces) <= seen and handle.finish_reason is None:
             worked = self.step()
             assert worked or handle.finish_reason is not None, "waiting for a sequence that this engine does not have"
 
@@ -220,7 +224,7 @@ class Engine:
         try:
             for handle in handles:
                 while handle.finish_reason is None:
-                    self.wait(handle, len(handle.events))
+                    self.wait(handle, len(handle.pieces))
         finally:
             for handle in handles:
                 if handle.finish_reason is None:
@@ -228,7 +232,7 @@ class Engine:
 
     async def wait_async(self, handle: Handle, seen: int) -> None:
         """As `wait`, from a task: tasks that wait at the same time share the steps."""
-        while len(handle.events) <= seen and handle.finish_reason is None:
+        while len(handle.pieces) <= seen and handle.finish_reason is None:
             with self._turn:
                 if self._shared is None or self._shared.done():
                     if self._thread is None:
@@ -244,7 +248,7 @@ class Engine:
         try:
             for handle in handles:
                 while handle.finish_reason is None:
-                    await self.wait_async(handle, len(handle.events))
+                    await self.wait_async(handle, len(handle.pieces))
         finally:
             for handle in handles:
                 if handle.finish_reason is None:

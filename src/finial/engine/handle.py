@@ -1,8 +1,8 @@
-"""What the asker of one sequence sees: its events, its text, why it ended and when.
+"""What the asker of one sequence sees: its pieces, its text, why it ended and when.
 
 Knows token ids and pieces of text; nothing of logits, pages, steps or threads.
 
-    handle.events[3].text, handle.finish_reason, handle.timings.ttft_s
+    handle.pieces[3].text, handle.finish_reason, handle.timings.ttft_s
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Detokenizer(Protocol):
         """What was held back."""
 
 
-class Event(NamedTuple):
+class Piece(NamedTuple):
     """One token of a sequence, or its end.
 
     Attributes:
         token: None for an end without a token (a cancelled or failed request, max_tokens=0).
         text: what became certain with this token: empty while a character is incomplete or the text may be the
-            beginning of a stop string; the last event carries what was held back.
+            beginning of a stop string; the last piece carries what was held back.
         logprobs: None unless asked for.
         finish_reason: "stop", "length", "cancel", "error", or None while it goes on.
     """
@@ -101,7 +101,7 @@ class Handle:
 
     Attributes:
         tokens: generated ids, a stop id that ended the text included.
-        events: one per token, and one more when the end came without a token.
+        pieces: one per token, and one more when the end came without a token.
         prompt_logprobs: for the prompt's tokens 1, 2, … (the first has no prediction), when asked for.
         prompt_logits: float32 arrays [rows, V] in order of position, when asked for.
         error: what made it fail; finish_reason is "error".
@@ -110,11 +110,11 @@ class Handle:
     __slots__ = (
         "detokenizer",
         "error",
-        "events",
         "finish_reason",
         "history",
         "keep_logits",
         "params",
+        "pieces",
         "plain_greedy",
         "prompt_logits",
         "prompt_logprobs",
@@ -150,7 +150,7 @@ class Handle:
         self.stop_text = StopText(params.stop) if params.stop else None
         self.history = History(sequence.tokens) if params.penalised else None
         self.tokens: list[int] = []
-        self.events: list[Event] = []
+        self.pieces: list[Piece] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.prompt_logits: list[NDArray[np.float32]] = []
         self.finish_reason: str | None = None
@@ -159,13 +159,13 @@ class Handle:
 
     @property
     def finished(self) -> bool:
-        """Whether no further event will come."""
+        """Whether no further piece will come."""
         return self.finish_reason is not None
 
     @property
     def text(self) -> str:
         """All text so far."""
-        return "".join([event.text for event in self.events])
+        return "".join([piece.text for piece in self.pieces])
 
     def emit(self, token: int, logprobs: TokenLogprobs | None, now: float) -> bool:
         """Take one generated token, known on the host at `now`; True when the sequence ended with it."""
@@ -193,7 +193,7 @@ class Handle:
         if count == 1:
             timings.first_token = now
         self.tokens.append(token)
-        self.events.append(Event(token, text, logprobs, reason))
+        self.pieces.append(Piece(token, text, logprobs, reason))
         self.finish_reason = reason
         return reason is not None
 
@@ -202,7 +202,7 @@ class Handle:
         if self.finish_reason is None:
             tail, _ = self._tail()
             self.error = error
-            self.events.append(Event(None, tail, None, reason))
+            self.pieces.append(Piece(None, tail, None, reason))
             self.finish_reason = reason
 
     def _tail(self) -> tuple[str, bool]:

@@ -222,7 +222,7 @@ def candidates(logits: Logits, params: SamplingParams) -> tuple[NDArray[np.int64
         logits = logits[ids]
     weights = np.exp((logits.astype(np.float64) - np.float64(best)) / params.temperature)
     if params.top_p < 1.0:
-        kept = _nucleus(weights, params.top_p)
+        kept = _nucleus(logits, weights, params.top_p)
         ids = kept if ids is None else ids[kept]
         weights = weights[kept]
     if params.min_p > 0.0:
@@ -290,14 +290,14 @@ def _largest(values: NDArray[Any], count: int) -> NDArray[np.int64]:
     return kept if ids is None else ids[kept]
 
 
-def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Indices of the smallest set of the largest weights that holds at least top_p of their sum, ascending."""
+def _nucleus(logits: Logits, weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
+    """Ascending indices of the smallest set of the largest logits whose weights are at least top_p of the sum."""
     need = top_p * float(weights.sum())
     size = 256
     while True:
         # Sorting a whole vocabulary costs milliseconds and the set is mostly small: look at the largest few first.
-        largest = _largest(weights, size)
-        order = largest[np.lexsort((largest, -weights[largest]))]
+        largest = _largest(logits, size)
+        order = largest[np.lexsort((largest, -logits[largest]))]
         cumulative = np.cumsum(weights[order])
         if cumulative[-1] >= need or len(order) == len(weights):
             count = min(int(np.searchsorted(cumulative, need, side="left")) + 1, len(order))
