@@ -13,13 +13,28 @@ import transformers
 
 transformers.utils.logging.disable_progress_bar()
 
-BASE = dict(
-    vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5, initializer_range=0.2,
-    bos_token_id=None, eos_token_id=None, pad_token_id=None,
-)  # fmt: skip
+BASE = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
 LINEAR = {"rope_type": "linear", "factor": 2.5}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 
 # name -> (transformers' class prefix, fields that differ from BASE)
@@ -30,7 +45,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": ("Llama", {"rope_scaling": LINEAR}),
     "llama-llama3-tied": ("Llama", {"rope_scaling": LLAMA3, "rope_theta": 500_000.0, "tie_word_embeddings": True}),
     "llama-yarn": ("Llama", {"rope_scaling": YARN}),
-    "smollm2": ("Llama", {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "tie_word_embeddings": True}),
+    "smollm2": (
+        "Llama",
+        {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "tie_word_embeddings": True},
+    ),
     "mistral-window": ("Mistral", {"sliding_window": 9, "head_dim": 24}),
     "mistral-full": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {}),
@@ -39,7 +57,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "qwen3-tied": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True, "rope_theta": 1e6}),
     "qwen3-biases-linear": ("Qwen3", {"head_dim": 16, "attention_bias": True, "rope_scaling": LINEAR}),
-    "qwen3-yarn-mqa": ("Qwen3", {"head_dim": 32, "num_key_value_heads": 1, "rope_scaling": YARN | {"attention_factor": 1.5}}),
+    "qwen3-yarn-mqa": (
+        "Qwen3",
+        {"head_dim": 32, "num_key_value_heads": 1, "rope_scaling": YARN | {"attention_factor": 1.5}},
+    ),
 }
 
 
@@ -78,7 +99,11 @@ def logits(name: str, tokens: tuple[int, ...]) -> np.ndarray:
 def greedy(name: str, tokens: tuple[int, ...], count: int) -> list[int]:
     """transformers' greedy continuation."""
     ids = model(name).generate(
-        torch.tensor([list(tokens)]), attention_mask=torch.ones(1, len(tokens), dtype=torch.long), max_new_tokens=count,
-        min_new_tokens=count, do_sample=False, pad_token_id=0,
-    )  # fmt: skip
+        torch.tensor([list(tokens)]),
+        attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+    )
     return ids[0, len(tokens) :].tolist()  # type: ignore[no-any-return]

@@ -37,7 +37,8 @@ LLAMA_3_2_1B = {
     "torch_dtype": "bfloat16", "transformers_version": "4.45.0", "use_cache": True, "vocab_size": 128256,
 }  # fmt: skip
 MISTRAL_7B = {
-    "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
+    "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+    "hidden_size": 4096,
     "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral",
     "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
     "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
@@ -77,16 +78,40 @@ def test_gguf_metadata_says_the_same(name: str) -> None:
     assert (again.rope == config.rope) == (divisors is None)
 
 
-@pytest.mark.parametrize("scaling", [
-    {"rope_type": "linear", "factor": 4.0},
-    {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
-    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
-    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "beta_fast": 16, "beta_slow": 2, "attention_factor": 1.7},
-    {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 0.7, "mscale_all_dim": 1.2},
-    {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 4096},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32768,
+            "beta_fast": 16,
+            "beta_slow": 2,
+            "attention_factor": 1.7,
+        },
+        {
+            "rope_type": "yarn",
+            "factor": 40.0,
+            "original_max_position_embeddings": 4096,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.2,
+        },
+        {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 4096},
+    ],
+)
 def test_rope_kinds_equal_transformers(scaling: dict) -> None:  # type: ignore[type-arg]
-    theirs = transformers.LlamaConfig(rope_theta=500_000.0, rope_scaling=dict(scaling), head_dim=128, max_position_embeddings=131_072)
+    theirs = transformers.LlamaConfig(
+        rope_theta=500_000.0, rope_scaling=dict(scaling), head_dim=128, max_position_embeddings=131_072
+    )
     # transformers' own "default" and "linear" frequencies, then scaled by kind
     expected, scale = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs, torch.device("cpu"))
     config = ModelConfig.from_hf(json.loads(theirs.to_json_string(use_diff=False)))
@@ -96,32 +121,35 @@ def test_rope_kinds_equal_transformers(scaling: dict) -> None:  # type: ignore[t
     assert ModelConfig.from_hf(config.to_hf()) == config
 
 
-@pytest.mark.parametrize("change, named", [
-    ({"model_type": "gpt2"}, "gpt2"),
-    ({"model_type": None}, "model_type"),
-    ({"num_experts": 64}, "num_experts"),
-    ({"hidden_act": "gelu"}, "hidden_act"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-    ({"my_new_attention_trick": 3}, "my_new_attention_trick"),
-    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
-    ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, "factor"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 2, "extra": 1}}, "extra"),
-    ({"rope_scaling": "linear"}, "rope_scaling"),
-    ({"rope_theta": "big"}, "rope_theta"),
-    ({"hidden_size": "1024"}, "hidden_size"),
-    ({"hidden_size": 0}, "hidden_size"),
-    ({"num_hidden_layers": -1}, "num_layers"),
-    ({"num_key_value_heads": 5}, "16 attention heads"),
-    ({"head_dim": 127}, "head_dim"),
-    ({"vocab_size": None}, "vocab_size"),
-    ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
-    ({"layer_types": ["full_attention"]}, "layer_types"),
-    ({"layer_types": ["linear_attention"] * 28}, "linear_attention"),
-    ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window"),
-    ({"mlp_bias": True}, "mlp_bias"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"model_type": None}, "model_type"),
+        ({"num_experts": 64}, "num_experts"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"my_new_attention_trick": 3}, "my_new_attention_trick"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, "factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2, "extra": 1}}, "extra"),
+        ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"rope_theta": "big"}, "rope_theta"),
+        ({"hidden_size": "1024"}, "hidden_size"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"num_hidden_layers": -1}, "num_layers"),
+        ({"num_key_value_heads": 5}, "16 attention heads"),
+        ({"head_dim": 127}, "head_dim"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"layer_types": ["full_attention"]}, "layer_types"),
+        ({"layer_types": ["linear_attention"] * 28}, "linear_attention"),
+        ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window"),
+        ({"mlp_bias": True}, "mlp_bias"),
+    ],
+)
 def test_what_finial_would_compute_wrongly_is_an_error(change: dict, named: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(ModelError, match=re.escape(named)):
         ModelConfig.from_hf(QWEN3_0_6B | change)
@@ -132,17 +160,23 @@ def test_a_config_that_is_no_object_is_an_error() -> None:
         ModelConfig.from_hf([])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("change, named", [
-    ({"general.architecture": "gemma3"}, "gemma3"),
-    ({"qwen3.block_count": None}, "qwen3.block_count"),
-    ({"qwen3.block_count": 1 << 40}, "qwen3.block_count"),
-    ({"qwen3.attention.head_count": "16"}, "qwen3.attention.head_count"),
-    ({"qwen3.rope.scaling.type": "longrope"}, "longrope"),
-    ({"qwen3.rope.dimension_count": 64}, "qwen3.rope.dimension_count"),
-    ({"qwen3.expert_count": 8}, "qwen3.expert_count"),
-    ({"qwen3.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon"),
-    ({"qwen3.attention.sliding_window": 8, "qwen3.attention.sliding_window_pattern": [True]}, "sliding_window_pattern"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"general.architecture": "gemma3"}, "gemma3"),
+        ({"qwen3.block_count": None}, "qwen3.block_count"),
+        ({"qwen3.block_count": 1 << 40}, "qwen3.block_count"),
+        ({"qwen3.attention.head_count": "16"}, "qwen3.attention.head_count"),
+        ({"qwen3.rope.scaling.type": "longrope"}, "longrope"),
+        ({"qwen3.rope.dimension_count": 64}, "qwen3.rope.dimension_count"),
+        ({"qwen3.expert_count": 8}, "qwen3.expert_count"),
+        ({"qwen3.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon"),
+        (
+            {"qwen3.attention.sliding_window": 8, "qwen3.attention.sliding_window_pattern": [True]},
+            "sliding_window_pattern",
+        ),
+    ],
+)
 def test_gguf_metadata_errors_name_the_key(change: dict, named: str) -> None:  # type: ignore[type-arg]
     config = ModelConfig.from_hf(QWEN3_0_6B)
     with pytest.raises(ModelError, match=re.escape(named)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from finial.config import ModelConfig, Rope
@@ -10,8 +11,6 @@ from finial.formats import Tensor
 from finial.graph import OPS, Graph, GraphError, single_step
 from finial.models.decoder import build_graph, constants
 from finial.names import parameter_count, weight_shapes
-
-import numpy as np
 
 CONFIG = ModelConfig(
     architecture="qwen3", vocab_size=96, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
@@ -43,7 +42,9 @@ def test_json_round_trip() -> None:
     assert again.text() == graph.text()
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"name": "x", "values": [["a", [1], "f64", "input"]], "nodes": [], "outputs": []}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"name": "x", "values": [["a", [1], "f64", "input"]], "nodes": [], "outputs": []}']
+)
 def test_json_of_another_form_is_an_error(text: str) -> None:
     with pytest.raises(GraphError):
         Graph.from_json(text)
@@ -86,7 +87,9 @@ def test_states_are_followed_through_their_versions() -> None:
 
 def test_costs_are_those_of_the_shape() -> None:
     graph = build_graph(CONFIG)
-    weights = {name: Tensor.from_array(np.zeros(shape, np.float32), "bf16") for name, shape in weight_shapes(CONFIG).items()}
+    weights = {
+        name: Tensor.from_array(np.zeros(shape, np.float32), "bf16") for name, shape in weight_shapes(CONFIG).items()
+    }
     weights |= {name: Tensor.from_array(array) for name, array in constants(CONFIG).items()}
     kv = 2 * 2 * 2 * 8 * 2  # layers · (k and v) · heads · head_dim · bytes
     assert kv_bytes_per_token(graph) == kv

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import models
 import numpy as np
 import pytest
 import torch
 
+import models
 from finial.backends import BACKENDS
 from finial.executor import Executable, compile_graph
 from finial.files.checkpoint import Checkpoint, open_checkpoint
@@ -31,7 +31,9 @@ def compiled(checkpoint: Checkpoint, backend: str, kv_dtype: str = "f32", format
     weights: dict[str, Tensor | np.ndarray] = dict(checkpoint.tensors)
     if format is not None:
         weights = {name: tensor.to(format) for name, tensor in checkpoint.tensors.items()}
-    executable = compile_graph(build_graph(checkpoint.config, kv_dtype), weights | constants(checkpoint.config), backend)
+    executable = compile_graph(
+        build_graph(checkpoint.config, kv_dtype), weights | constants(checkpoint.config), backend
+    )
     executable.reserve(pages=32, page_size=PAGE)
     return executable
 
@@ -117,7 +119,7 @@ def test_mixed_backends_equal_one(saved: dict[str, Checkpoint]) -> None:
     graph = build_graph(checkpoint.config, "f32")
     segments = executor.partition(graph, [Partial(), get_backend("reference")])  # type: ignore[list-item]
     assert [segment.backend.name for segment in segments] == ["partial", "reference"] * 3 + ["partial"]
-    weights = {name: tensor for name, tensor in checkpoint.tensors.items()}
+    weights = dict(checkpoint.tensors)
     weights |= {name: Tensor.from_array(array) for name, array in constants(checkpoint.config).items()}
     mixed = executor.Executable(graph, segments, weights)
     mixed.reserve(pages=32, page_size=PAGE)

@@ -84,7 +84,9 @@ def embed(rows: int, width: int, format: str) -> Case:
     exact = format in ("f32", "f16", "bf16", "q8_0", "q4_0", "q5_0")
     weights = {"w": stored(normal((40, width), 6), format, 6)}
     size = float(np.abs(weights["w"].decode()).max())
-    return Case(f"embed {rows}x{width} {format}", graph, weights, {"tokens": tokens}, lambda _: 0 if exact else 4 * U * size)
+    return Case(
+        f"embed {rows}x{width} {format}", graph, weights, {"tokens": tokens}, lambda _: 0 if exact else 4 * U * size
+    )
 
 
 def rms_norm(rows: int, width: int, group: int, scale: float = 1.0) -> Case:
@@ -92,19 +94,34 @@ def rms_norm(rows: int, width: int, group: int, scale: float = 1.0) -> Case:
     graph.output(graph.apply("rms_norm", graph.input("x", ("T", width)), graph.weight("w", (group,)), eps=1e-6))
     x, w = normal((rows, width), 7) * np.float32(scale), Tensor.from_array(normal((group,), 8))
     # sum of squares: gamma(group) relative, halved by the root; then divide, root and two products.
-    return Case(f"rms_norm {rows}x{width}/{group} {scale:g}", graph, {"w": w}, {"x": x}, lambda y: (gamma(group) + 10 * U) * np.abs(y))
+    return Case(
+        f"rms_norm {rows}x{width}/{group} {scale:g}",
+        graph,
+        {"w": w},
+        {"x": x},
+        lambda y: (gamma(group) + 10 * U) * np.abs(y),
+    )
 
 
 def rope(rows: int, heads: int, head_dim: int, first: int, scale: float = 1.0) -> Case:
     graph = Graph("rope")
-    inputs = (graph.input("x", ("T", heads * head_dim)), graph.input("positions", ("T",), "i32"), graph.weight("f", (head_dim // 2,)))
+    inputs = (
+        graph.input("x", ("T", heads * head_dim)),
+        graph.input("positions", ("T",), "i32"),
+        graph.weight("f", (head_dim // 2,)),
+    )
     graph.output(graph.apply("rope", *inputs, head_dim=head_dim, scale=scale))
     x = normal((rows, heads * head_dim), 9)
     frequencies = (10_000.0 ** -(np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     feeds = {"x": x, "positions": np.arange(first, first + rows, dtype=np.int32)}
     # The angle is one float32 product on both sides; cos and sin of it are good to 2 ulp, then 3 roundings.
-    return Case(f"rope {rows}x{heads}x{head_dim} at {first}", graph, {"f": Tensor.from_array(frequencies)}, feeds,
-                lambda _: 12 * U * scale * np.abs(x).max())  # fmt: skip
+    return Case(
+        f"rope {rows}x{heads}x{head_dim} at {first}",
+        graph,
+        {"f": Tensor.from_array(frequencies)},
+        feeds,
+        lambda _: 12 * U * scale * np.abs(x).max(),
+    )
 
 
 def pointwise(op: str, rows: int, width: int, scale: float = 1.0) -> Case:
@@ -123,16 +140,44 @@ def select_rows() -> Case:
 
 
 def attention(
-    chunks: list[list[int]], heads: int, kv_heads: int, head_dim: int, dtype: str, window: int | None = None, page_size: int = 16
+    chunks: list[list[int]],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: str,
+    window: int | None = None,
+    page_size: int = 16,
 ) -> Case:
     """Sequences grown chunk by chunk: chunks[step][b] new rows of sequence b; pages dealt out of order."""
     graph = Graph("attention")
-    step = {name: graph.input(name, shape, "i32") for name, shape in
-            {"positions": ("T",), "starts": ("B1",), "lengths": ("B",), "pages": ("B", "P"), "slots": ("T",)}.items()}  # fmt: skip
-    q, k, v = graph.input("q", ("T", heads * head_dim)), graph.input("k", ("T", kv_heads * head_dim)), graph.input("v", ("T", kv_heads * head_dim))
+    step = {
+        name: graph.input(name, shape, "i32")
+        for name, shape in {
+            "positions": ("T",),
+            "starts": ("B1",),
+            "lengths": ("B",),
+            "pages": ("B", "P"),
+            "slots": ("T",),
+        }.items()
+    }
+    q, k, v = (
+        graph.input("q", ("T", heads * head_dim)),
+        graph.input("k", ("T", kv_heads * head_dim)),
+        graph.input("v", ("T", kv_heads * head_dim)),
+    )
     cache = graph.apply("cache_write", graph.state("kv", ("S", 2, kv_heads, head_dim), dtype), k, v, step["slots"])
-    graph.output(graph.apply("attention", q, cache, *(step[name] for name in ("positions", "starts", "lengths", "pages")),
-                             head_dim=head_dim, num_kv_heads=kv_heads, scale=head_dim**-0.5, window=window))  # fmt: skip
+    graph.output(
+        graph.apply(
+            "attention",
+            q,
+            cache,
+            *(step[name] for name in ("positions", "starts", "lengths", "pages")),
+            head_dim=head_dim,
+            num_kv_heads=kv_heads,
+            scale=head_dim**-0.5,
+            window=window,
+        )
+    )
     sequences = len(chunks[0])
     longest = max(sum(chunk[b] for chunk in chunks) for b in range(sequences))
     per = -(-longest // page_size)
@@ -142,16 +187,22 @@ def attention(
         positions = [np.arange(done[b], done[b] + chunk[b], dtype=np.int32) for b in range(sequences)]
         done = [done[b] + chunk[b] for b in range(sequences)]
         rows = sum(chunk)
-        steps.append({
-            "positions": np.concatenate(positions),
-            "starts": np.cumsum([0, *chunk]).astype(np.int32),
-            "lengths": np.array(done, np.int32),
-            "pages": np.where(np.arange(per)[None] < -(-np.array(done)[:, None] // page_size), order, -1).astype(np.int32),
-            "slots": np.concatenate([order[b, p // page_size] * page_size + p % page_size for b, p in enumerate(positions)]).astype(np.int32),
-            "q": normal((rows, heads * head_dim), 14, number) * 2,
-            "k": normal((rows, kv_heads * head_dim), 15, number),
-            "v": normal((rows, kv_heads * head_dim), 16, number),
-        })  # fmt: skip
+        steps.append(
+            {
+                "positions": np.concatenate(positions),
+                "starts": np.cumsum([0, *chunk]).astype(np.int32),
+                "lengths": np.array(done, np.int32),
+                "pages": np.where(np.arange(per)[None] < -(-np.array(done)[:, None] // page_size), order, -1).astype(
+                    np.int32
+                ),
+                "slots": np.concatenate(
+                    [order[b, p // page_size] * page_size + p % page_size for b, p in enumerate(positions)]
+                ).astype(np.int32),
+                "q": normal((rows, heads * head_dim), 14, number) * 2,
+                "k": normal((rows, kv_heads * head_dim), 15, number),
+                "v": normal((rows, kv_heads * head_dim), 16, number),
+            }
+        )
     biggest = {name: max(float(np.abs(s[name]).max()) for s in steps) for name in "qkv"}
     # A score is a sum of head_dim products, so e^score is off by that much relatively, on both sides; the
     # weighted mean of the values adds gamma(longest). |q·k|·scale <= |q||k|: taken from the data's extremes.
@@ -163,27 +214,56 @@ def attention(
 
 CASES = [
     *(linear(rows, 256, 33, format) for format in FORMATS for rows in (1, 5)),
-    *(linear(rows, into, out, "bf16") for rows, into, out in ((1, 1, 1), (2, 31, 7), (3, 96, 64), (17, 129, 5), (33, 512, 40), (4, 1000, 130))),
+    *(
+        linear(rows, into, out, "bf16")
+        for rows, into, out in ((1, 1, 1), (2, 31, 7), (3, 96, 64), (17, 129, 5), (33, 512, 40), (4, 1000, 130))
+    ),
     *(linear(rows, 97, 65, format, bias=True) for format in ("f32", "f16", "bf16") for rows in (1, 4, 16)),
-    *(linear(rows, 96, 34, format, bias=True) for format in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1") for rows in (1, 3, 33)),
+    *(
+        linear(rows, 96, 34, format, bias=True)
+        for format in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
+        for rows in (1, 3, 33)
+    ),
     *(linear(2, 768, 9, format) for format in ("q4_k", "q5_k", "q6_k")),
     *(embed(rows, 256, format) for format in FORMATS for rows in (1, 9)),
     embed(3, 31, "bf16"),
-    *(rms_norm(rows, width, group) for rows, width, group in ((1, 64, 64), (5, 1000, 1000), (3, 256, 64), (2, 33, 33), (1, 96, 8))),
-    rms_norm(2, 64, 64, 1e-3), rms_norm(2, 64, 64, 1e4),
-    *(rope(rows, heads, head_dim, first) for rows, heads, head_dim, first in ((1, 1, 2, 0), (5, 3, 64, 7), (2, 2, 80, 40_000), (33, 4, 128, 0), (3, 1, 6, 100))),
+    *(
+        rms_norm(rows, width, group)
+        for rows, width, group in ((1, 64, 64), (5, 1000, 1000), (3, 256, 64), (2, 33, 33), (1, 96, 8))
+    ),
+    rms_norm(2, 64, 64, 1e-3),
+    rms_norm(2, 64, 64, 1e4),
+    *(
+        rope(rows, heads, head_dim, first)
+        for rows, heads, head_dim, first in (
+            (1, 1, 2, 0),
+            (5, 3, 64, 7),
+            (2, 2, 80, 40_000),
+            (33, 4, 128, 0),
+            (3, 1, 6, 100),
+        )
+    ),
     rope(3, 2, 64, 5, scale=1.25),
     *(pointwise("silu_mul", rows, width) for rows, width in ((1, 1), (3, 100), (17, 257))),
-    pointwise("silu_mul", 4, 64, 1e3), pointwise("silu_mul", 4, 64, 1e-6), pointwise("silu_mul", 2, 64, 1e30),
+    pointwise("silu_mul", 4, 64, 1e3),
+    pointwise("silu_mul", 4, 64, 1e-6),
+    pointwise("silu_mul", 2, 64, 1e30),
     *(pointwise("add", rows, width) for rows, width in ((1, 1), (3, 100), (17, 257))),
     select_rows(),
-    *(attention([[1]], heads, kv, dim, dtype) for heads, kv, dim, dtype in ((1, 1, 64, "f32"), (4, 2, 80, "bf16"), (8, 1, 96, "bf16"))),
-    *(attention([[40, 3]], heads, kv, dim, dtype) for dtype in ("f32", "bf16") for heads, kv, dim in ((6, 2, 64), (3, 3, 128), (7, 1, 32), (2, 1, 256))),
+    *(
+        attention([[1]], heads, kv, dim, dtype)
+        for heads, kv, dim, dtype in ((1, 1, 64, "f32"), (4, 2, 80, "bf16"), (8, 1, 96, "bf16"))
+    ),
+    *(
+        attention([[40, 3]], heads, kv, dim, dtype)
+        for dtype in ("f32", "bf16")
+        for heads, kv, dim in ((6, 2, 64), (3, 3, 128), (7, 1, 32), (2, 1, 256))
+    ),
     attention([[17, 70], [1, 1], [30, 1]], 4, 2, 64, "bf16"),
     attention([[150, 33]], 4, 4, 16, "f32", window=32),
     attention([[90], [1], [1]], 4, 2, 32, "bf16", window=7, page_size=5),
     attention([[700], [1]], 2, 1, 64, "bf16", page_size=64),
-]  # fmt: skip
+]
 
 
 def run(backend: str, case: Case, threads: int | None = None) -> np.ndarray:
@@ -203,7 +283,9 @@ def test_op(backend: str, case: Case) -> None:
     assert got.dtype == np.float32 and got.shape == expected.shape
     assert np.isfinite(got).all()
     excess = np.abs(got.astype(np.float64) - expected) - case.tolerance(expected)
-    assert (excess <= 0).all(), f"{case.name}: {(excess > 0).sum()} of {got.size} values off, worst by {excess.max():.3g} beyond the bound"
+    assert (excess <= 0).all(), (
+        f"{case.name}: {(excess > 0).sum()} of {got.size} values off, worst by {excess.max():.3g} beyond the bound"
+    )
 
 
 @pytest.mark.parametrize("backend", OTHERS)
@@ -223,7 +305,9 @@ def _broken(name: str, index: int, value: int) -> tuple[Case, str]:
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
-@pytest.mark.parametrize("name, value", [("tokens", 40), ("tokens", -1), ("wanted", 7), ("wanted", -1), ("slots", 1 << 30), ("slots", -1)])
+@pytest.mark.parametrize(
+    "name, value", [("tokens", 40), ("tokens", -1), ("wanted", 7), ("wanted", -1), ("slots", 1 << 30), ("slots", -1)]
+)
 def test_indices_outside_are_errors(backend: str, name: str, value: int) -> None:
     case, name = _broken(name, 1, value)
     with pytest.raises(BackendError, match=name):
@@ -231,12 +315,21 @@ def test_indices_outside_are_errors(backend: str, name: str, value: int) -> None
 
 
 @pytest.mark.parametrize("backend", OTHERS)
-@pytest.mark.parametrize("name, index, value", [
-    ("pages", 0, 9999), ("pages", 1, -1), ("positions", 5, 999), ("positions", 2, -1), ("lengths", 0, 1 << 20),
-    ("lengths", 1, -5), ("starts", 1, 99), ("starts", 1, -1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, index, value",
+    [
+        ("pages", 0, 9999),
+        ("pages", 1, -1),
+        ("positions", 5, 999),
+        ("positions", 2, -1),
+        ("lengths", 0, 1 << 20),
+        ("lengths", 1, -5),
+        ("starts", 1, 99),
+        ("starts", 1, -1),
+    ],
+)
 def test_native_memory_is_never_left(backend: str, name: str, index: int, value: int) -> None:
     """Steps that a correct engine never makes must not read outside the cache either."""
     case, name = _broken(name, index, value)
-    with pytest.raises(BackendError, match="positions|pages|lengths|starts|slots"):
+    with pytest.raises(BackendError, match=r"positions|pages|lengths|starts|slots"):
         run(backend, case)

@@ -10,12 +10,12 @@ import functools
 import json
 from dataclasses import dataclass
 
-import models
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import models
 from finial.backends import BACKENDS
 from finial.config import ModelConfig
 from finial.executor import Executable, compile_graph
@@ -92,10 +92,19 @@ def schedules(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]], list[list[in
     return page_size, sequences, takes, draw(st.integers(0, 1000))
 
 
-@pytest.mark.parametrize("name, backend, format", [
-    *((name, backend, format) for backend in BACKENDS if backend != "reference" for name in NAMES for format in FORMATS),
-    *((name, "reference", "bf16") for name in NAMES),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, backend, format",
+    [
+        *(
+            (name, backend, format)
+            for backend in BACKENDS
+            if backend != "reference"
+            for name in NAMES
+            for format in FORMATS
+        ),
+        *((name, "reference", "bf16") for name in NAMES),
+    ],
+)
 @settings(max_examples=25, deadline=None)
 @given(schedule=schedules())
 def test_any_schedule_gives_the_logits_of_a_row_alone(

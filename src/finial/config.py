@@ -68,9 +68,7 @@ def _llama3(rope: Rope, base: np.ndarray, head_dim: int) -> tuple[np.ndarray, fl
     wavelength = 2 * math.pi / base
     longest = rope.original_context / rope.low_freq_factor
     shortest = rope.original_context / rope.high_freq_factor
-    blend = (rope.original_context / wavelength - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
+    blend = (rope.original_context / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blended = (1 - blend) * base / rope.factor + blend * base
     scaled = np.where(wavelength > longest, base / rope.factor, np.where(wavelength < shortest, base, blended))
     return scaled.astype(np.float32), 1.0

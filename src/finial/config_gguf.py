@@ -71,7 +71,9 @@ def read_gguf(
     head_dim = keys.integer("attention.key_length", default=hidden // max(heads, 1))
     for other in ("attention.value_length", "rope.dimension_count"):
         if keys.integer(other, default=head_dim) != head_dim:
-            raise ModelError(f"{keys.full(other)} differs from the head size {head_dim}, which finial does not implement")
+            raise ModelError(
+                f"{keys.full(other)} differs from the head size {head_dim}, which finial does not implement"
+            )
     tokens = metadata.get("tokenizer.ggml.tokens")
     vocab_size = keys.integer("vocab_size", default=len(tokens) if tokens is not None else None)
     max_context = keys.integer("context_length")
@@ -190,7 +192,9 @@ def _read_rope(keys: _Keys, divisors: np.ndarray | None, max_context: int) -> Ro
         if divisors is None:
             return Rope(theta=theta)
         if not (np.isfinite(divisors).all() and (divisors > 0).all()):
-            raise ModelError("rope_freqs.weight holds a value that is not a positive number", fix="fetch the file again")
+            raise ModelError(
+                "rope_freqs.weight holds a value that is not a positive number", fix="fetch the file again"
+            )
         return Rope(theta=theta, kind="table", divisors=tuple(float(value) for value in divisors))
     if divisors is not None:
         raise ModelError(f"both rope_freqs.weight and {keys.full('rope.scaling.type')} {kind!r} are given")

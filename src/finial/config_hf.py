@@ -36,25 +36,29 @@ FAMILIES: dict[str, Family] = {
 
 # Read below, by name.
 _READ = frozenset(
-    """model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
-    head_dim rms_norm_eps tie_word_embeddings attention_bias mlp_bias max_position_embeddings rope_theta rope_scaling
-    rope_parameters sliding_window use_sliding_window max_window_layers layer_types
-    original_max_position_embeddings""".split()
+    """
+    model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim rms_norm_eps tie_word_embeddings attention_bias mlp_bias
+    max_position_embeddings rope_theta rope_scaling rope_parameters sliding_window use_sliding_window
+    max_window_layers layer_types original_max_position_embeddings
+    """.split()
 )
 
 # Training, generation defaults, bookkeeping: no influence on the logits of a given token sequence.
 _NO_EFFECT = frozenset(
-    """_name_or_path architectures auto_map transformers_version torch_dtype dtype use_cache initializer_range
-    attention_dropout output_attentions output_hidden_states output_scores return_dict return_dict_in_generate
-    bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id task_specific_params
-    problem_type id2label label2id num_labels finetuning_task tokenizer_class prefix torchscript use_bfloat16 pruned_heads
-    chunk_size_feed_forward gradient_checkpointing attn_implementation _attn_implementation
-    _attn_implementation_autoset _attn_implementation_internal use_flash_attn _flash_attn_2_enabled
-    _experts_implementation max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    unsloth_version unsloth_fixed transformers.js_config model_name base_model router_aux_loss_coef
+    """
+    _name_or_path architectures auto_map transformers_version torch_dtype dtype use_cache initializer_range
+    attention_dropout output_attentions output_hidden_states output_scores return_dict
+    return_dict_in_generate bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id
+    decoder_start_token_id task_specific_params problem_type id2label label2id num_labels finetuning_task
+    tokenizer_class prefix torchscript use_bfloat16 pruned_heads chunk_size_feed_forward
+    gradient_checkpointing attn_implementation _attn_implementation _attn_implementation_autoset
+    _attn_implementation_internal use_flash_attn _flash_attn_2_enabled _experts_implementation max_length
+    min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens unsloth_version unsloth_fixed
+    transformers.js_config model_name base_model router_aux_loss_coef
     """.split()
 )
 
@@ -81,7 +85,15 @@ _SCALING_FIELDS: dict[str, frozenset[str]] = {
     "linear": frozenset({"factor"}),
     "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
     "yarn": frozenset(
-        "factor beta_fast beta_slow attention_factor mscale mscale_all_dim original_max_position_embeddings".split()
+        [
+            "factor",
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+            "mscale",
+            "mscale_all_dim",
+            "original_max_position_embeddings",
+        ]
     ),
 }
 
@@ -229,11 +241,19 @@ def _read_rope(fields: Mapping[str, Any], max_context: int) -> Rope:
     if kind != "linear" and original is None:
         original = max_context
     if factor is None and kind == "yarn":
-        factor = max_context / _number({"original_max_position_embeddings": original}, "original_max_position_embeddings")
-    common = {"theta": theta, "kind": kind, "factor": _number({f"{where}.factor": factor}, f"{where}.factor")}
+        factor = max_context / _number(
+            {"original_max_position_embeddings": original}, "original_max_position_embeddings"
+        )
+    common: dict[str, Any] = {
+        "theta": theta,
+        "kind": kind,
+        "factor": _number({f"{where}.factor": factor}, f"{where}.factor"),
+    }
     if kind == "linear":
         return Rope(**common)
-    common["original_context"] = _integer({"original_max_position_embeddings": original}, "original_max_position_embeddings")
+    common["original_context"] = _integer(
+        {"original_max_position_embeddings": original}, "original_max_position_embeddings"
+    )
     if kind == "llama3":
         low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
         if not high > low:

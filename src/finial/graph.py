@@ -20,7 +20,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
@@ -83,7 +82,10 @@ def _need(condition: bool, message: str) -> None:
 
 
 def _multiple(dim: Dim, of: Dim, what: str) -> None:
-    _need(isinstance(dim, int) and isinstance(of, int) and of > 0 and dim % of == 0, f"{what}: {dim} is no multiple of {of}")
+    _need(
+        isinstance(dim, int) and isinstance(of, int) and of > 0 and dim % of == 0,
+        f"{what}: {dim} is no multiple of {of}",
+    )
 
 
 def _rows(value: Value) -> tuple[Dim, Dim]:
@@ -139,7 +141,10 @@ def _cache_write(inputs: Sequence[Value], attrs: Mapping[str, Attr]) -> tuple[Sh
     _need(len(cache.shape) == 4 and cache.shape[1] == 2, f"{cache} must be a cache [S, 2, heads, head_dim]")
     rows, depth = _rows(keys)
     heads, head_dim = cache.shape[2], cache.shape[3]
-    _need(isinstance(heads, int) and isinstance(head_dim, int) and depth == heads * head_dim, f"{keys} does not fit {cache}")
+    _need(
+        isinstance(heads, int) and isinstance(head_dim, int) and depth == heads * head_dim,
+        f"{keys} does not fit {cache}",
+    )
     _need(keys.shape == values.shape, f"{keys} and {values} differ")
     _vector(slots, rows, "i32")
     return cache.shape, cache.dtype
@@ -150,7 +155,9 @@ def _attention(inputs: Sequence[Value], attrs: Mapping[str, Attr]) -> tuple[Shap
     rows, depth = _rows(queries)
     _need(len(cache.shape) == 4 and cache.shape[1] == 2, f"{cache} must be a cache [S, 2, heads, head_dim]")
     kv_heads, head_dim = cache.shape[2], cache.shape[3]
-    _need(attrs["head_dim"] == head_dim and attrs["num_kv_heads"] == kv_heads, f"attention: {dict(attrs)} against {cache}")
+    _need(
+        attrs["head_dim"] == head_dim and attrs["num_kv_heads"] == kv_heads, f"attention: {dict(attrs)} against {cache}"
+    )
     _need(isinstance(kv_heads, int) and isinstance(head_dim, int), f"{cache} must have fixed heads and head_dim")
     assert isinstance(kv_heads, int) and isinstance(head_dim, int)
     _multiple(depth, kv_heads * head_dim, "attention")
@@ -188,7 +195,10 @@ OPS: Mapping[str, Op] = MappingProxyType(
             doc="pairs (i, i + head_dim/2) of each head rotated by positions·frequencies[i], cos and sin times scale",
         ),
         "cache_write": Op(
-            ("cache", "keys", "values", "slots"), (), _cache_write, doc="cache[slots[t]] = keys[t], values[t], rounded to its dtype"
+            ("cache", "keys", "values", "slots"),
+            (),
+            _cache_write,
+            doc="cache[slots[t]] = keys[t], values[t], rounded to its dtype",
         ),
         "attention": Op(
             ("queries", "cache", "positions", "starts", "lengths", "pages"),
@@ -223,7 +233,7 @@ class Graph:
         return self._declare(Value(name, shape, dtype, "input"))
 
     def weight(self, name: str, shape: Shape) -> Value:
-        """A tensor bound by name when the graph is compiled; used as float32 whatever its format. Same name: same value."""
+        """A tensor bound by name at compilation, whatever its format.  The same name gives the same value."""
         known = self.values.get(name)
         if known is not None:
             _need(known.kind == "weight" and known.shape == shape, f"{known} redeclared as weight {shape}")
@@ -292,7 +302,10 @@ class Graph:
         """The graph as a person reads it: inputs, states, nodes with their shapes, outputs."""
         lines = [f"graph {self.name}"]
         lines += [f"  {kind} {value}" for kind in ("input", "state", "weight") for value in self.of_kind(kind)]
-        lines += [f"  {node}  # {self.values[node.outputs[0]]}".replace(f"# {node.outputs[0]} : ", "# ") for node in self.nodes]
+        lines += [
+            f"  {node}  # {self.values[node.outputs[0]]}".replace(f"# {node.outputs[0]} : ", "# ")
+            for node in self.nodes
+        ]
         return "\n".join([*lines, f"  return {', '.join(self.outputs)}"]) + "\n"
 
     def to_json(self) -> str:
@@ -327,9 +340,11 @@ class Graph:
         return graph
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Graph)
-            and (self.name, self.values, self.nodes, self.outputs) == (other.name, other.values, other.nodes, other.outputs)
+        return isinstance(other, Graph) and (self.name, self.values, self.nodes, self.outputs) == (
+            other.name,
+            other.values,
+            other.nodes,
+            other.outputs,
         )
 
     __hash__ = None  # type: ignore[assignment]  # mutable

@@ -11,33 +11,38 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finial.errors import BackendError
 from finial.formats import Tensor
 from finial.graph import Graph, Node
 
 F32 = np.float32
+Rows = NDArray[np.float32]  # [N, D]
+Ints = NDArray[np.int32]
 
 
-def embed(tokens: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def embed(tokens: Ints, weight: Rows) -> Rows:
     """weight[tokens]: [T], [V, D] -> [T, D]."""
     return weight[tokens]
 
 
-def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+def linear(x: Rows, weight: Rows, bias: Rows | None = None) -> Rows:
     """x · weightᵀ + bias: [N, I], [O, I], [O] -> [N, O]."""
-    out = x @ weight.T
+    out: Rows = x @ weight.T
     return out if bias is None else out + bias
 
 
-def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+def rms_norm(x: Rows, weight: Rows, eps: float) -> Rows:
     """Each group of len(weight) values divided by its root mean square (Zhang & Sennrich 2019, eq. 4)."""
     groups = x.reshape(len(x), -1, len(weight))
-    mean_square = np.mean(groups * groups, axis=-1, keepdims=True, dtype=F32)
-    return (groups / np.sqrt(mean_square + F32(eps)) * weight).reshape(x.shape)
+    mean_square: Rows = np.mean(groups * groups, axis=-1, keepdims=True, dtype=F32)
+    root: Rows = np.sqrt(mean_square + F32(eps))
+    out: Rows = groups / root * weight
+    return out.reshape(x.shape)
 
 
-def rope(x: np.ndarray, positions: np.ndarray, frequencies: np.ndarray, head_dim: int, scale: float) -> np.ndarray:
+def rope(x: Rows, positions: Ints, frequencies: Rows, head_dim: int, scale: float) -> Rows:
     """Rotary embedding with half-split pairs (i, i + head_dim/2), as transformers' `rotate_half`."""
     angles = positions.astype(F32)[:, None] * frequencies
     cos, sin = (np.cos(angles) * F32(scale))[:, None], (np.sin(angles) * F32(scale))[:, None]
@@ -46,7 +51,7 @@ def rope(x: np.ndarray, positions: np.ndarray, frequencies: np.ndarray, head_dim
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).reshape(x.shape)
 
 
-def cache_write(cache: Cache, keys: np.ndarray, values: np.ndarray, slots: np.ndarray) -> Cache:
+def cache_write(cache: Cache, keys: Rows, values: Rows, slots: Ints) -> Cache:
     """cache[slots] = keys, values, rounded to the cache's dtype; [T, heads · head_dim] each."""
     for which, rows in enumerate((keys, values)):
         rounded = Tensor.from_array(rows, cache.dtype).decode()
@@ -55,17 +60,17 @@ def cache_write(cache: Cache, keys: np.ndarray, values: np.ndarray, slots: np.nd
 
 
 def attention(
-    queries: np.ndarray,
+    queries: Rows,
     cache: Cache,
-    positions: np.ndarray,
-    starts: np.ndarray,
-    lengths: np.ndarray,
-    pages: np.ndarray,
+    positions: Ints,
+    starts: Ints,
+    lengths: Ints,
+    pages: Ints,
     head_dim: int,
     num_kv_heads: int,
     scale: float,
     window: int | None,
-) -> np.ndarray:
+) -> Rows:
     """Scaled dot-product attention of each row over its own sequence's past and itself; no GQA expansion.
 
     Head h of the queries reads key/value head h // (heads / num_kv_heads).
@@ -86,18 +91,21 @@ def attention(
     return out
 
 
-def silu_mul(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+def silu_mul(gate: Rows, up: Rows) -> Rows:
     """gate · sigmoid(gate) · up (Shazeer 2020, arXiv:2002.05202, SwiGLU without its matrices)."""
     with np.errstate(over="ignore"):  # exp(-gate) may reach infinity: the quotient is then 0, as it should be
-        return gate / (F32(1) + np.exp(-gate)) * up
+        decay: Rows = np.exp(-gate)
+    out: Rows = gate / (F32(1) + decay) * up
+    return out
 
 
-def add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def add(a: Rows, b: Rows) -> Rows:
     """a + b."""
-    return a + b
+    out: Rows = a + b
+    return out
 
 
-def select_rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def select_rows(x: Rows, rows: Ints) -> Rows:
     """x[rows]."""
     return x[rows]
 
@@ -138,7 +146,9 @@ class ReferenceProgram:
         try:
             return ReferenceState(
                 {
-                    value.name: Cache(np.zeros((pages * page_size, *value.shape[1:]), F32), value.dtype, page_size)
+                    value.name: Cache(
+                        np.zeros((pages * page_size, *map(int, value.shape[1:])), F32), value.dtype, page_size
+                    )
                     for value in self._graph.of_kind("state")
                 }
             )

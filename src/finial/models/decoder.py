@@ -49,9 +49,7 @@ def build_graph(config: ModelConfig, kv_dtype: str = "bf16") -> Graph:
         return graph.apply("rms_norm", rows, weight(f"{name}.weight"), eps=config.rms_norm_eps)
 
     def rope(rows: Value) -> Value:
-        return graph.apply(
-            "rope", rows, step["positions"], frequencies, head_dim=config.head_dim, scale=rope_scale
-        )
+        return graph.apply("rope", rows, step["positions"], frequencies, head_dim=config.head_dim, scale=rope_scale)
 
     residual = graph.apply("embed", step["tokens"], weight(names.EMBEDDING))
     for index in range(config.num_layers):
