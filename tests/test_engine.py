@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import weakref
 
 import hypothesis.strategies as st
 import numpy as np
@@ -401,11 +402,15 @@ def test_ctrl_c_cancels_what_was_waited_for_and_keeps_what_came() -> None:
 
 
 def test_a_closed_engine_cancels_and_refuses() -> None:
-    engine = new_engine()
+    executable = FakeExecutable()
+    engine = new_engine(executable)
     handle = engine.submit([1], SamplingParams(max_tokens=9))
     engine.step()
+    gone = weakref.ref(executable)
+    del executable
     engine.close()
     engine.close()
+    assert gone() is None and not engine.step()
     assert handle.finish_reason == "cancel" and engine.pages_held == 0
     with pytest.raises(RequestError, match="closed"):
         engine.submit([1])

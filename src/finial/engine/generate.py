@@ -255,7 +255,7 @@ class Engine:
                     self.cancel(handle)
 
     def close(self) -> None:
-        """Cancel everything and end the engine's thread.  A second call does nothing."""
+        """Cancel everything, end the engine's thread, let go of the executable.  A second call does nothing."""
         with self._turn:
             self._closed = True
             while self._stepping:
@@ -263,6 +263,7 @@ class Engine:
             self._cancelled.extend(self._handles.values())
             self._take_in()
             thread, self._thread = self._thread, None
+            self.__dict__.pop("_executable", None)  # with nothing queued no step will ask for it
         if thread is not None:
             thread.shutdown(wait=True)
 
