@@ -7,8 +7,8 @@
 //
 // One row: n_out * row_bytes from memory for 2 n_out n_in flops: bound by memory. One weight row at a time per thread,
 // because several interleaved streams halve the bandwidth of the machines measured.
-// Many rows: a panel of weight rows is decoded once into the second-level cache and multiplied in blocks of 2 weight
-// rows x 3 activation rows: 5 loads for 6 FMAs, bound by the FMA units.
+// Many rows: a panel of weight rows is decoded once into the second-level cache and multiplied in blocks of 4 weight
+// rows x 3 activation rows: 7 loads for 12 FMAs, bound by the FMA units.
 #include "weights.h"
 
 namespace finial::FINIAL_ISA {
@@ -85,68 +85,68 @@ void decode_fast(Format format, const uint8_t* p, int64_t n, float* out) {
   }
 }
 
-// NW weight rows (w_stride floats apart) times NX activation rows; y rows are n_out apart.
+// NW weight rows (n_in floats apart) times NX activation rows; y rows are n_out apart. Takes PASS accumulators of each
+// product at a time, so that NW * NX * PASS of them, NX activations and a weight fit the registers.
 template <int NW, int NX>
-void block(const Linear& l, const float* FINIAL_RESTRICT w, int64_t w_stride, const float* FINIAL_RESTRICT x,
-           float* FINIAL_RESTRICT y, int64_t o) {
+void block(const Linear& l, const float* FINIAL_RESTRICT w, const float* FINIAL_RESTRICT x, float* FINIAL_RESTRICT y,
+           int64_t o) {
+  const int64_t n = l.n_in, whole = n / ROUND * ROUND;
   V acc[NW][NX][ACC];
-  for (int i = 0; i < NW; ++i)
-    for (int j = 0; j < NX; ++j)
-      for (V& a : acc[i][j]) a = zero();
-  int64_t k = 0;
-  for (; k + ROUND <= l.n_in; k += ROUND) {
-    for (int r = 0; r < ACC; ++r) {
-      V weights[NW];
-      for (int i = 0; i < NW; ++i) weights[i] = load(w + i * w_stride + k + r * W);
-      for (int j = 0; j < NX; ++j) {
-        const V row = load(x + j * l.n_in + k + r * W);
-        for (int i = 0; i < NW; ++i) acc[i][j][r] = fma(weights[i], row, acc[i][j][r]);
+  for (int pass = 0; pass < ACC; pass += PASS) {
+    V part[NW][NX][PASS];
+    for (int i = 0; i < NW; ++i)
+      for (int j = 0; j < NX; ++j)
+        for (V& a : part[i][j]) a = zero();
+    for (int64_t k = pass * W; k < whole; k += ROUND) {
+      for (int r = 0; r < PASS; ++r) {
+        V row[NX];
+        for (int j = 0; j < NX; ++j) row[j] = load(x + j * n + k + r * W);
+        for (int i = 0; i < NW; ++i) {
+          const V weight = load(w + i * n + k + r * W);
+          for (int j = 0; j < NX; ++j) part[i][j][r] = fma(weight, row[j], part[i][j][r]);
+        }
       }
     }
+    for (int i = 0; i < NW; ++i)
+      for (int j = 0; j < NX; ++j)
+        for (int r = 0; r < PASS; ++r) acc[i][j][pass + r] = part[i][j][r];
   }
   for (int i = 0; i < NW; ++i) {
     for (int j = 0; j < NX; ++j) {
-      if (k < l.n_in) tail(w + i * w_stride + k, x + j * l.n_in + k, l.n_in - k, acc[i][j]);
+      if (whole < n) tail(w + i * n + whole, x + j * n + whole, n - whole, acc[i][j]);
       y[j * l.n_out + o + i] = total(acc[i][j]) + (l.bias != nullptr ? l.bias[o + i] : 0.0f);
     }
   }
 }
 
 template <int NX>
-void panel(const Linear& l, const float* w, int64_t w_stride, int64_t count, const float* x, float* y, int64_t o) {
+void panel(const Linear& l, const float* w, int64_t count, const float* x, float* y, int64_t o) {
   int64_t i = 0;
-  for (; i + 2 <= count; i += 2) block<2, NX>(l, w + i * w_stride, w_stride, x, y, o + i);
-  if (i < count) block<1, NX>(l, w + i * w_stride, w_stride, x, y, o + i);
+  for (; i + 4 <= count; i += 4) block<4, NX>(l, w + i * l.n_in, x, y, o + i);
+  for (; i < count; ++i) block<1, NX>(l, w + i * l.n_in, x, y, o + i);
 }
 
 int64_t panel_rows(const Linear& l, int64_t rows) {
   const int64_t fits = (rows <= FEW_ROWS ? SMALL_PANEL : LARGE_PANEL) / l.n_in;
-  return fits < 2 ? 2 : fits / 2 * 2;
+  return fits < 4 ? 4 : fits / 4 * 4;
 }
 
 void matmul(const Linear& l, const float* x, float* y, int64_t rows, int64_t begin, int64_t end, float* scratch) {
   const int64_t step = panel_rows(l, rows);
   for (int64_t o = begin; o < end; o += step) {
     const int64_t count = end - o < step ? end - o : step;
-    const float* w = scratch;
-    if (l.format == Format::F32) {
-      w = reinterpret_cast<const float*>(l.weight + o * l.row_bytes);
-    } else {
-      for (int64_t i = 0; i < count; ++i)
-        decode_fast(l.format, l.weight + (o + i) * l.row_bytes, l.n_in, scratch + i * l.n_in);
-    }
+    for (int64_t i = 0; i < count; ++i)
+      decode_fast(l.format, l.weight + (o + i) * l.row_bytes, l.n_in, scratch + i * l.n_in);
     int64_t t = 0;
-    for (; t + 3 <= rows; t += 3) panel<3>(l, w, l.n_in, count, x + t * l.n_in, y + t * l.n_out, o);
-    if (rows - t == 2) panel<2>(l, w, l.n_in, count, x + t * l.n_in, y + t * l.n_out, o);
-    if (rows - t == 1) panel<1>(l, w, l.n_in, count, x + t * l.n_in, y + t * l.n_out, o);
+    for (; t + 3 <= rows; t += 3) panel<3>(l, scratch, count, x + t * l.n_in, y + t * l.n_out, o);
+    if (rows - t == 2) panel<2>(l, scratch, count, x + t * l.n_in, y + t * l.n_out, o);
+    if (rows - t == 1) panel<1>(l, scratch, count, x + t * l.n_in, y + t * l.n_out, o);
   }
 }
 
 }  // namespace
 
-int64_t linear_scratch(const Linear& l, int64_t rows) {
-  return l.format == Format::F32 ? 0 : panel_rows(l, rows) * l.n_in;
-}
+int64_t linear_scratch(const Linear& l, int64_t rows) { return panel_rows(l, rows) * l.n_in; }
 
 void linear(const Linear& l, const float* x, float* y, int64_t rows, int64_t begin, int64_t end, float* scratch) {
   if (rows == 1) {

@@ -3,6 +3,7 @@
 //   V            W floats. Loads and stores take any alignment.
 //   ACC          accumulators of a dot product: element k goes to lane k % W of accumulator (k / W) % ACC. Every dot
 //                product of every kernel keeps this order, which makes results independent of blocking and batching.
+//   PASS         how many of them a matrix block carries at a time; see matmul.cpp.
 //   load_n       the first n < W elements, the rest zero;  store_n  only the first n.
 //   levels_q4    sixteen values d * (0 - 8) … d * (15 - 8);  pick  looks W of them up by nibble.
 //
@@ -22,27 +23,6 @@
 #endif
 
 namespace finial::FINIAL_ISA {
-
-// IEEE half to float, exact. The exponent is rebased by a multiplication, which also normalises subnormals.
-FINIAL_INLINE float half_to_float(const uint8_t* source) {
-  uint16_t half;
-  std::memcpy(&half, source, 2);
-  const uint32_t magnitude = static_cast<uint32_t>(half & 0x7FFF) << 13;
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
-  uint32_t bits;
-  if (magnitude >= 0x0F800000u) {  // infinity, NaN
-    bits = magnitude | 0x7F800000u;
-  } else {
-    float value;
-    std::memcpy(&value, &magnitude, 4);
-    value *= 5.192296858534828e33f;  // 2^112
-    std::memcpy(&bits, &value, 4);
-  }
-  bits |= sign;
-  float out;
-  std::memcpy(&out, &bits, 4);
-  return out;
-}
 
 FINIAL_INLINE float bf16_to_float(const uint8_t* source) {
   uint16_t upper;

@@ -1,4 +1,4 @@
-// AVX2, FMA and F16C: eight floats, two accumulators (sixteen registers hold no more for a 2 x 3 block).
+// AVX2, FMA and F16C: eight floats, two accumulators, one of them at a time in a 4 x 3 block of sixteen registers.
 #pragma once
 
 #include <immintrin.h>
@@ -8,6 +8,7 @@ namespace finial::FINIAL_ISA {
 using V = __m256;
 constexpr int W = 8;
 constexpr int ACC = 2;
+constexpr int PASS = 1;
 
 FINIAL_INLINE __m256i mask(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -54,6 +55,11 @@ FINIAL_INLINE V load_bf16(const uint8_t* p) {
 }
 FINIAL_INLINE V load_f16(const uint8_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+FINIAL_INLINE float half_to_float(const uint8_t* p) {
+  uint16_t half;
+  std::memcpy(&half, p, 2);
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
 }
 FINIAL_INLINE V load_i8(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));

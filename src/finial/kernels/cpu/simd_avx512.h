@@ -8,6 +8,7 @@ namespace finial::FINIAL_ISA {
 using V = __m512;
 constexpr int W = 16;
 constexpr int ACC = 4;
+constexpr int PASS = 2;
 
 FINIAL_INLINE __mmask16 mask(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -38,6 +39,11 @@ FINIAL_INLINE V load_bf16(const uint8_t* p) {
 }
 FINIAL_INLINE V load_f16(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+FINIAL_INLINE float half_to_float(const uint8_t* p) {
+  uint16_t half;
+  std::memcpy(&half, p, 2);
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
 }
 FINIAL_INLINE V load_i8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));

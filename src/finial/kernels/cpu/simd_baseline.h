@@ -6,6 +6,7 @@ namespace finial::FINIAL_ISA {
 
 constexpr int W = 4;
 constexpr int ACC = 2;
+constexpr int PASS = 1;
 
 #if defined(__GNUC__)  // GCC and Clang keep this type in a register; operators come with it
 typedef float V __attribute__((vector_size(16)));
@@ -88,13 +89,60 @@ FINIAL_INLINE V scale_by_power(V a, V n) {
 // Adding and taking away 1.5 * 2^23 leaves the nearest integer for |a| < 2^22, ties to even.
 FINIAL_INLINE V round(V a) { return (a + set1(12582912.0f)) - set1(12582912.0f); }
 
+// IEEE half to float, exact. The exponent is rebased by a multiplication, which also normalises subnormals.
+FINIAL_INLINE float half_to_float(const uint8_t* source) {
+  uint16_t half;
+  std::memcpy(&half, source, 2);
+  const uint32_t magnitude = static_cast<uint32_t>(half & 0x7FFF) << 13;
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  uint32_t bits;
+  if (magnitude >= 0x0F800000u) {  // infinity, NaN
+    bits = magnitude | 0x7F800000u;
+  } else {
+    float value;
+    std::memcpy(&value, &magnitude, 4);
+    value *= 5.192296858534828e33f;  // 2^112
+    std::memcpy(&bits, &value, 4);
+  }
+  bits |= sign;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+#if defined(__GNUC__)
+typedef uint32_t Words __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+
+FINIAL_INLINE Words load_u16(const uint8_t* p) {
+  typedef uint16_t Halves __attribute__((vector_size(8)));
+  Halves x;
+  std::memcpy(&x, p, sizeof x);
+  return __builtin_convertvector(x, Words);
+}
+FINIAL_INLINE V load_bf16(const uint8_t* p) { return (V)(load_u16(p) << 16); }
+FINIAL_INLINE V load_f16(const uint8_t* p) {
+  const Words x = load_u16(p), magnitude = (x & 0x7FFF) << 13;
+  const Words special = (Words)(magnitude >= 0x0F800000u) & 0x7F800000u;
+  return (V)((Words)((V)magnitude * set1(5.192296858534828e33f)) | special | ((x & 0x8000) << 16));
+}
+FINIAL_INLINE V to_floats(Ints x) { return __builtin_convertvector(x, V); }
+FINIAL_INLINE Words load_u8(const uint8_t* p) {  // by shifts: SSE2 widens bytes only pairwise
+  uint32_t x;
+  std::memcpy(&x, p, sizeof x);
+  const Words shift = {0, 8, 16, 24};
+  return ((Words){x, x, x, x} >> shift) & 0xFF;
+}
+FINIAL_INLINE V load_i8(const uint8_t* p) { return to_floats((Ints)(load_u8(p) << 24) >> 24); }
+#else
 FINIAL_INLINE V load_bf16(const uint8_t* p) {
-  uint16_t x[W];
-  std::memcpy(x, p, sizeof x);
-  uint32_t bits[W];
-  for (int i = 0; i < W; ++i) bits[i] = static_cast<uint32_t>(x[i]) << 16;
   V y;
-  std::memcpy(&y, bits, sizeof y);
+  for (int i = 0; i < W; ++i) {
+    uint16_t upper;
+    std::memcpy(&upper, p + 2 * i, 2);
+    const uint32_t bits = static_cast<uint32_t>(upper) << 16;
+    std::memcpy(&y.lane[i], &bits, 4);
+  }
   return y;
 }
 FINIAL_INLINE V load_f16(const uint8_t* p) {
@@ -103,12 +151,11 @@ FINIAL_INLINE V load_f16(const uint8_t* p) {
   return y;
 }
 FINIAL_INLINE V load_i8(const uint8_t* p) {
-  int8_t x[W];
-  std::memcpy(x, p, sizeof x);
   V y;
-  for (int i = 0; i < W; ++i) y[i] = static_cast<float>(x[i]);
+  for (int i = 0; i < W; ++i) y[i] = static_cast<float>(static_cast<int8_t>(p[i]));
   return y;
 }
+#endif
 
 // Round to nearest even; a NaN stays a quiet NaN.
 FINIAL_INLINE void store_bf16(uint8_t* p, V a) {
@@ -126,6 +173,10 @@ FINIAL_INLINE void store_bf16(uint8_t* p, V a) {
 using Levels = float;
 FINIAL_INLINE Levels levels_q4(float d) { return d; }
 // The W nibbles of the W bytes at p: low ones, or high ones.
+#if defined(__GNUC__)
+FINIAL_INLINE V pick_low(Levels d, const uint8_t* p) { return to_floats((Ints)(load_u8(p) & 15) - 8) * set1(d); }
+FINIAL_INLINE V pick_high(Levels d, const uint8_t* p) { return to_floats((Ints)(load_u8(p) >> 4) - 8) * set1(d); }
+#else
 FINIAL_INLINE V pick_low(Levels d, const uint8_t* p) {
   V y;
   for (int i = 0; i < W; ++i) y[i] = d * static_cast<float>((p[i] & 15) - 8);
@@ -136,5 +187,6 @@ FINIAL_INLINE V pick_high(Levels d, const uint8_t* p) {
   for (int i = 0; i < W; ++i) y[i] = d * static_cast<float>((p[i] >> 4) - 8);
   return y;
 }
+#endif
 
 }  // namespace finial::FINIAL_ISA
