@@ -39,7 +39,7 @@ def probe_energy(sources: Sources) -> tuple[Counter, ...]:
     if sources.system == "Darwin":
         found.append(Counter("Apple powermetrics", None, "it reports power, not energy, and to root only"))
     if not found:
-        reason = "no /sys/class/powercap/intel-rapl:* (usual in virtual machines), no NVML"
+        reason = "no RAPL under /sys/class/powercap, no NVML"
         found.append(
             Counter("none", None, reason if sources.linux else f"{sources.system} offers none without a driver")
         )

@@ -24,11 +24,13 @@ class Native:
 
     Attributes:
         isa: the instruction set in use; available: those that build and CPU share, slowest first.
+        threads: how many it takes when nobody says; None with an error.
         error: why it cannot be used; empty when it can.
     """
 
     isa: str | None
     available: tuple[str, ...]
+    threads: int | None
     error: str
 
 
@@ -49,9 +51,9 @@ def probe_native() -> Native:
     """Never raises."""
     try:
         module = _module()
-        return Native(str(module.isa()), tuple(module.isas_available()), "")
+        return Native(str(module.isa()), tuple(module.isas_available()), int(module.cores()["physical"]), "")
     except (ImportError, RuntimeError) as error:
-        return Native(None, (), str(error))
+        return Native(None, (), None, str(error))
 
 
 def bandwidth_bytes(cpu: Cpu, memory: Memory) -> int:
