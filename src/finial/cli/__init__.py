@@ -84,6 +84,11 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         console.silence()
         return BROKEN_PIPE
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        console.silence()  # typer had caught it first
+        return BROKEN_PIPE
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ def info(
     checkpoint = open_checkpoint(path)
     if graph:
         built = build_graph(checkpoint.config)
-        print(built.to_json() if as_json else built.text())
+        print((built.to_json() if as_json else built.text()).rstrip("\n"))
         return
     facts = model_facts.gather(model, checkpoint)
     if as_json:

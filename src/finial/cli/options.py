@@ -25,7 +25,7 @@ ModelArgument = Annotated[
     ),
 ]
 MaxTokens = Annotated[
-    int | None, typer.Option("--max-tokens", "-n", help="New tokens at most (default 256).", show_default=False)
+    int | None, typer.Option("--max-tokens", "-n", min=0, help="New tokens at most (default 256).", show_default=False)
 ]
 Temperature = Annotated[
     float | None, typer.Option("--temperature", "-t", help="0 is greedy.", rich_help_panel=_SAMPLING)
@@ -51,13 +51,14 @@ Format = Annotated[
 ]
 Backend = Annotated[str, typer.Option(help="auto, cpu, reference, or several joined by +.", rich_help_panel=_RUNNING)]
 Threads = Annotated[
-    int | None, typer.Option(help="CPU threads (default: one per usable core).", rich_help_panel=_RUNNING)
+    int | None, typer.Option(min=1, help="CPU threads (default: one per usable core).", rich_help_panel=_RUNNING)
 ]
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="Recompute everything for each token.", rich_help_panel=_RUNNING)
 ]
 MaxContext = Annotated[
-    int | None, typer.Option(help="Positions of prompt and text (default: the model's).", rich_help_panel=_RUNNING)
+    int | None,
+    typer.Option(min=1, help="Positions of prompt and text (default: the model's).", rich_help_panel=_RUNNING),
 ]
 KvFormat = Annotated[str, typer.Option(help="KV cache format: bf16 or f32.", rich_help_panel=_RUNNING)]
 

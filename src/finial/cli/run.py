@@ -181,8 +181,9 @@ def find_prompt(model: str, argument: str | None, option: str | None) -> str:
     if given is not None and given != "-":
         return given
     if given == "-" or _piped():
-        words = sys.stdin.read()
-        return words.removesuffix("\n")
+        words = sys.stdin.read().removesuffix("\n")
+        if words or given == "-":
+            return words
     if model == "demo":
         return DEMO_PROMPT
     raise RequestError(
