@@ -13,6 +13,7 @@ import models
 from finial.backends import BACKENDS
 from finial.executor import Executable, compile_graph
 from finial.files.checkpoint import Checkpoint, open_checkpoint
+from finial.files.convert import convert
 from finial.formats import Tensor
 from finial.graph import single_step
 from finial.models.decoder import build_graph, constants
@@ -89,6 +90,14 @@ def test_sharded_checkpoint_is_the_same_model(saved: dict[str, Checkpoint], tmp_
     one = compiled(saved["qwen3"], "cpu").run(single_step(TOKENS, PAGE))
     many = compiled(open_checkpoint(tmp_path / "sharded"), "cpu").run(single_step(TOKENS, PAGE))
     assert np.array_equal(one.view(np.uint32), many.view(np.uint32))
+
+
+@pytest.mark.parametrize("name", list(models.MODELS))
+def test_gguf_is_the_same_model(saved: dict[str, Checkpoint], name: str, tmp_path: Path) -> None:
+    convert(saved[name].path, tmp_path / "model.gguf", format="bf16")
+    original = compiled(saved[name], "cpu").run(single_step(TOKENS, PAGE))
+    gguf = compiled(open_checkpoint(tmp_path / "model.gguf"), "cpu").run(single_step(TOKENS, PAGE))
+    assert np.array_equal(original.view(np.uint32), gguf.view(np.uint32))
 
 
 @pytest.mark.parametrize("dtype, format", [(torch.float32, "f32"), (torch.float16, "f16"), (torch.bfloat16, "bf16")])

@@ -140,13 +140,18 @@ def write_gguf(config: ModelConfig) -> dict[str, Any]:
 def rope_divisors(config: ModelConfig) -> np.ndarray | None:
     """The content of GGUF's rope_freqs.weight, float32 [head_dim // 2]: base frequency over scaled frequency.
 
-    None for kinds that metadata alone can express.
+    None for kinds that metadata alone can express.  A quotient's rounding is undone where a neighbouring float32
+    number divides to the very frequency, so that the GGUF file is the same model bit for bit.
     """
     if config.rope.kind not in ("llama3", "table"):
         return None
     scaled, _ = config.rope.frequencies(config.head_dim)
     base, _ = Rope(theta=config.rope.theta).frequencies(config.head_dim)
-    return np.asarray(base / scaled, np.float32)
+    divisors = np.asarray(base / scaled, np.float32)
+    for toward in (np.float32(0), np.float32(np.inf)):
+        nearby = np.nextafter(divisors, toward)
+        divisors = np.where((base / divisors != scaled) & (base / nearby == scaled), nearby, divisors)
+    return divisors
 
 
 class _Keys:
