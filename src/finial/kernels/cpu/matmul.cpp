@@ -102,7 +102,8 @@ void block(const Linear& l, const float* FINIAL_RESTRICT w, const float* FINIAL_
         V row[NX];
         for (int j = 0; j < NX; ++j) row[j] = load(x + j * n + k + r * W);
         for (int i = 0; i < NW; ++i) {
-          const V weight = load(w + i * n + k + r * W);
+          V weight = load(w + i * n + k + r * W);
+          keep_in_register(weight);
           for (int j = 0; j < NX; ++j) part[i][j][r] = fma(weight, row[j], part[i][j][r]);
         }
       }

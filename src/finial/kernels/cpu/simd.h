@@ -42,3 +42,16 @@ FINIAL_INLINE float bf16_to_float(const uint8_t* source) {
 #else
 #include "simd_baseline.h"
 #endif
+
+namespace finial::FINIAL_ISA {
+
+// A value that is used several times: GCC would fold its load into each use and so load it as often.
+FINIAL_INLINE void keep_in_register(V& a) {
+#if defined(__GNUC__) && defined(__x86_64__)
+  __asm__("" : "+v"(a));
+#else
+  (void)a;
+#endif
+}
+
+}  // namespace finial::FINIAL_ISA
