@@ -40,7 +40,7 @@ $(VENV)/check-packages: $(VENV)/test-packages
 	@touch $@
 
 demo: $(VENV)/package
-	$(BIN)/finial run demo --stats --verify
+	$(BIN)/finial run demo -p "ROMEO:" --stats --verify
 
 test: $(VENV)/test-packages
 	$(BIN)/python -m pytest

@@ -227,6 +227,7 @@ class Graph:
         self.values: dict[str, Value] = {}
         self.nodes: list[Node] = []
         self.outputs: list[str] = []
+        self._makers: dict[str, Node] = {}  # output value -> the node that makes it
 
     def input(self, name: str, shape: Shape, dtype: str = "f32") -> Value:
         """An array that each step brings."""
@@ -261,7 +262,9 @@ class Graph:
         shape, dtype = spec.shape(inputs, attrs)
         output = self._declare(Value(name or f"%{len(self.nodes)}", shape, dtype, "temp"))
         ordered = MappingProxyType({key: attrs[key] for key in spec.attrs})
-        self.nodes.append(Node(op, tuple(value.name for value in inputs), (output.name,), ordered))
+        node = Node(op, tuple(value.name for value in inputs), (output.name,), ordered)
+        self.nodes.append(node)
+        self._makers[output.name] = node
         return output
 
     def output(self, value: Value) -> None:
@@ -275,22 +278,17 @@ class Graph:
 
     def state_of(self, name: str) -> Value:
         """The state that a value is a version of, followed back through cache_write nodes."""
-        makers = self._makers()
         while self.values[name].kind != "state":
-            node = makers[name]
+            node = self._makers[name]
             _need(node.op == "cache_write", f"{name} is no version of a state")
             name = node.inputs[0]
         return self.values[name]
 
     def is_state(self, name: str) -> bool:
         """Whether a value is a state or a later version of one."""
-        makers = self._makers()
-        while name in makers and makers[name].op == "cache_write":
-            name = makers[name].inputs[0]
+        while name in self._makers and self._makers[name].op == "cache_write":
+            name = self._makers[name].inputs[0]
         return self.values[name].kind == "state"
-
-    def _makers(self) -> dict[str, Node]:
-        return {output: node for node in self.nodes for output in node.outputs}
 
     def _declare(self, value: Value) -> Value:
         _need(value.name not in self.values, f"{value.name} is declared twice")
