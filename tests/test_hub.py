@@ -159,7 +159,9 @@ def test_fetches_only_what_a_model_needs(server: Hub, tmp_path: Path) -> None:
     assert of_weights[-1] == (len(WEIGHTS), len(WEIGHTS)) and of_weights == sorted(of_weights)
 
 
-def test_second_pull_transfers_no_file_and_offline_makes_no_request(server: Hub, tmp_path: Path) -> None:
+def test_second_pull_transfers_no_file_and_offline_makes_no_request(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = _pull(server, tmp_path)
     server.requests.clear()
     assert _pull(server, tmp_path) == first
@@ -168,6 +170,10 @@ def test_second_pull_transfers_no_file_and_offline_makes_no_request(server: Hub,
     assert _pull(server, tmp_path, offline=True) == first
     assert hub.resolve("owner/model", endpoint=server.url, cache_dir=tmp_path) == first
     assert hub.resolve(f"owner/model@{COMMIT}", endpoint=server.url, cache_dir=tmp_path) == first
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert _pull(server, tmp_path) == first
+    with pytest.raises(FileError, match="offline mode is on"):
+        _pull(server, tmp_path, revision="v1")
     assert server.requests == []
 
 

@@ -49,6 +49,7 @@ _HUB_NAME = re.compile(
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _RESUMABLE_BYTES = 1 << 20  # below this a fresh download costs less than the bookkeeping
+_ANSWER_SECONDS = 30.0
 _SPARE_BYTES = 64 << 20  # left free on the disk beyond the model itself
 
 
@@ -159,7 +160,8 @@ def pull(
     endpoint = endpoint or os.environ.get("HF_ENDPOINT") or None
     with _translated(repo, revision):
         try:
-            info = HfApi(endpoint=endpoint).model_info(repo, revision=revision, files_metadata=True)
+            api = HfApi(endpoint=endpoint)  # without a time limit it would wait forever on a silent network
+            info = api.model_info(repo, revision=revision, files_metadata=True, timeout=_ANSWER_SECONDS)
             commit = str(info.sha)
             listing = [_Remote(s.rfilename, int(s.size or 0)) for s in info.siblings or ()]
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -280,9 +282,6 @@ class _Cache:
             )
         return self.folder / "blobs" / etag
 
-    def partial(self, etag: str) -> Path:
-        return self.blob(etag).with_name(f"{etag}.finial-partial")
-
 
 def _fetch(
     cache: _Cache, commit: str, wanted: Sequence[_Remote], endpoint: str | None, progress: bool | Progress
@@ -319,7 +318,7 @@ def _fetch(
             revision=commit,
             cache_dir=cache.root,
             endpoint=endpoint,
-            tqdm_class=_bar(remote.name, lambda name, done, total: None),
+            tqdm_class=_bar(remote.name, _silent),
         )
         if callable(progress):
             progress(remote.name, remote.size, remote.size)
@@ -328,29 +327,37 @@ def _fetch(
 def _fetch_blob(cache: _Cache, name: str, url: str, etag: str, size: int, progress: bool | Progress) -> None:
     """One large file by plain HTTP, continued where a former call stopped, checked, moved into place."""
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
 
-    partial = cache.partial(etag)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    if partial.exists() and partial.stat().st_size > size:
-        partial.unlink()
-    with partial.open("ab") as file:
-        start = file.tell()
-        quiet: Progress = (lambda n, d, t: None) if progress is False else progress  # type: ignore[assignment]
-        http_get(
-            url,
-            file,
-            resume_size=start,
-            headers=build_hf_headers(),
-            expected_size=size,
-            displayed_filename=name,
-            tqdm_class=None if progress is True else _bar(name, quiet),
-        )
-    # For files kept in LFS the ETag is the SHA-256 of the content; for others it is git's own hash of it.
-    if re.fullmatch(r"[0-9a-f]{64}", etag) and _sha256(partial) != etag:
-        partial.unlink()
-        raise FileError(f"{name} of {cache.repo} arrived damaged (SHA-256 differs from {etag})", fix="pull it again")
-    partial.replace(cache.blob(etag))
+    blob = cache.blob(etag)
+    partial = blob.with_name(f"{etag}.finial-partial")
+    lock = cache.root / ".locks" / cache.folder.name / f"{etag}.lock"  # huggingface_hub's own for this blob
+    for path in (partial, lock):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        if blob.exists():  # another process was quicker
+            return
+        if partial.exists() and partial.stat().st_size > size:
+            partial.unlink()
+        with partial.open("ab") as file:
+            http_get(
+                url,
+                file,
+                resume_size=file.tell(),
+                headers=build_hf_headers(),
+                expected_size=size,
+                displayed_filename=name,
+                tqdm_class=None if progress is True else _bar(name, progress or _silent),
+            )
+        # For files kept in LFS the ETag is the SHA-256 of the content; for others it is git's own hash of it.
+        if re.fullmatch(r"[0-9a-f]{64}", etag) and _sha256(partial) != etag:
+            partial.unlink()
+            raise FileError(f"{name} of {cache.repo} arrived damaged (its SHA-256 is not {etag})", fix="pull it again")
+        partial.replace(blob)
+
+
+def _silent(name: str, done: int, total: int) -> None:
+    """A progress report to nobody."""
 
 
 def _bar(name: str, report: Progress) -> Any:
