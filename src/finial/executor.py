@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from finial.backends import BACKENDS, Backend, Program, get_backend
+from finial.backends import Backend, Program, get_backend
 from finial.errors import BackendError
 from finial.formats import Tensor
 from finial.graph import Graph, Node, Step
 
 AUTO = "auto"
+AUTOMATIC = ("cpu",)  # in order of preference; the reference is far too slow to be chosen for anybody
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def compile_graph(
 
     Args:
         weights: a tensor for each weight value of the graph, by name; arrays are taken as float32.
-        backend: a backend's name, several joined by "+", or "auto": the first of the table that runs all of it.
+        backend: a backend's name, several joined by "+", or "auto": the first of `AUTOMATIC` that runs all of it.
     Raises:
         BackendError: unknown or unavailable backend, a node that none of those named runs (named), a
             weight that is missing or of another shape.
@@ -168,12 +169,14 @@ def _segment(graph: Graph, owner: Backend, nodes: list[Node], number: int) -> Se
 
 def _first_that_can(graph: Graph, weights: Mapping[str, Tensor], threads: int | None) -> Executable:
     reasons = []
-    for name in BACKENDS:
+    for name in AUTOMATIC:
         try:
             return Executable(graph, partition(graph, [get_backend(name, threads)]), weights)
         except BackendError as error:
-            reasons.append(f"{name}: {error.what}")
-    raise BackendError("no backend runs this model here; " + "; ".join(reasons))
+            reasons.append(error)
+    if len(reasons) == 1:
+        raise reasons[0]
+    raise BackendError("no backend runs this model here: " + "; ".join(error.what for error in reasons))
 
 
 def _bind(graph: Graph, weights: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
