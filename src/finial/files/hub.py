@@ -14,7 +14,6 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import hashlib
-import importlib.resources
 import os
 import re
 import shutil
@@ -405,7 +404,8 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _demo() -> Path:
-    folder = Path(str(importlib.resources.files("finial"))) / "demo"
+    # Not importlib.resources: an editable install has the package in two places, and the native module is a file anyway.
+    folder = Path(__file__).parents[1] / "demo"
     if not (folder / "config.json").exists():
         raise FileError(f"{folder}: the embedded demo model is missing", fix="install finial again")
     return folder
