@@ -404,7 +404,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _demo() -> Path:
-    # Not importlib.resources: an editable install has the package in two places, and the native module is a file anyway.
+    # Not importlib.resources: an editable install has the package in two places.
     folder = Path(__file__).parents[1] / "demo"
     if not (folder / "config.json").exists():
         raise FileError(f"{folder}: the embedded demo model is missing", fix="install finial again")
