@@ -16,6 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import finial
 import models
 from finial.errors import FileError, FinialError, ModelError
 from finial.files.checkpoint import GenerationDefaults, open_checkpoint
@@ -23,7 +24,7 @@ from finial.files.convert import convert
 from finial.files.synth import synth
 from finial.names import weight_shapes
 
-SRC = Path(__file__).parents[1] / "src"
+SRC = Path(finial.__file__).parents[1]  # the same finial for child processes
 
 
 @pytest.fixture

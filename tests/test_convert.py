@@ -21,6 +21,7 @@ from reasoning_from_scratch.qwen3 import Qwen3Model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+import finial
 import models
 from finial.config import ModelConfig
 from finial.errors import FileError, ModelError
@@ -31,7 +32,7 @@ from finial.files.synth import synth
 from finial.files.synth_tokenizer import LLAMA3, QWEN, Vocabulary, write_tokenizer
 from finial.formats import Tensor
 
-SRC = Path(__file__).parents[1] / "src"
+SRC = Path(finial.__file__).parents[1]  # the same finial for child processes
 TEXT = "The capital of France is Paris.\n\n  def f(x): return x ** 2  # 北京 é́ 👩‍👩‍👧 1234567"
 PROMPT = [5, 77, 301, 12, 9, 254, 33]
 VOCAB = 384
