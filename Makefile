@@ -33,6 +33,7 @@ $(VENV)/package: $(VENV)/python pyproject.toml CMakeLists.txt $(NATIVE)
 $(VENV)/test-packages: $(VENV)/package
 	$(PIP) install --quiet "$(TORCH)"
 	$(PIP) install --quiet --editable ".[test]"
+	$(PIP) install --quiet --no-deps reasoning-from-scratch
 	@touch $@
 
 $(VENV)/check-packages: $(VENV)/test-packages

@@ -68,6 +68,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (1, None),
     "partial_rotary_factor": (1, 1.0, None),
     "rope_interleaved": (False, None),
+    "use_mrope": (False, None),
     "is_decoder": (True, False, None),  # transformers' default is False even for these models
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
