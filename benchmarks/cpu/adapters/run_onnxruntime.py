@@ -1,0 +1,52 @@
+"""onnxruntime-genai: its generator, one token at a time; a filled cache is rewound, not filled again."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import onnxruntime_genai as og
+from serve import Clock, serve
+
+
+class Session:
+    def __init__(self, model: str, format: str, threads: int, context: int) -> None:
+        config = og.Config(model)
+        options = {"intra_op_num_threads": threads}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        self._model = og.Model(config)
+        self._context = context
+        self._kept: tuple[list[int], Any] | None = None
+        self.version = f"onnxruntime-genai {og.__version__}"
+        self.precision = "int4 weights in blocks of 32, float32 KV cache and activations (its defaults)"
+
+    def _generator(self, count: int, length: int) -> Any:
+        params = og.GeneratorParams(self._model)
+        # A minimum as long as the maximum keeps the end-of-text token from being chosen.
+        params.set_search_options(batch_size=count, max_length=length, min_length=length, do_sample=False)
+        return og.Generator(self._model, params)
+
+    def generate(self, prompts: list[list[int]], new: int, keep: bool) -> dict[str, Any]:
+        count, single = len(prompts), len(prompts) == 1
+        clock = Clock(count)
+        if keep and single and self._kept is not None and self._kept[0] == prompts[0]:
+            generator = self._kept[1]
+            generator.rewind_to(len(prompts[0]) - 1)
+            generator.append_tokens(np.array([prompts[0][-1:]], np.int32))
+        else:
+            self._kept = None
+            length = self._context if single and keep else len(prompts[0]) + new
+            generator = self._generator(count, length)
+            generator.append_tokens(np.array(prompts, np.int32))
+            if keep and single:
+                self._kept = (prompts[0], generator)
+        for _ in range(new):
+            generator.generate_next_token()
+            for sequence, token in enumerate(generator.get_next_tokens()):
+                clock.token(sequence, token)
+        return clock.reply()
+
+
+if __name__ == "__main__":
+    serve(Session)

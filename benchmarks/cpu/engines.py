@@ -1,0 +1,147 @@
+"""The engines: which interpreter runs which adapter, which file each reads for a format, and how that file is made.
+
+Knows commands and paths; runs nothing.
+
+    engine = ENGINES["llama.cpp"]; engine.command(places), engine.model_file(places, "qwen3-0.6b", "q8_0")
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import finial
+from benchmarks.cpu.workloads import DEMO, Workload
+
+ADAPTERS = Path(__file__).with_name("adapters")
+EXPORT = "export"  # environment that turns checkpoints into other engines' files, and measures nothing
+TORCH = "torch==2.13.0"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things lie.
+
+    Attributes:
+        engines: virtual environments by name; models: checkpoints and what was made of them.
+        pythons: interpreters to use instead of an environment's own, by engine.
+    """
+
+    engines: Path
+    models: Path
+    pythons: Mapping[str, Path] = field(default_factory=dict)
+
+    def python(self, name: str) -> Path:
+        return self.pythons.get(name, self.engines / name / "bin" / "python")
+
+    def checkpoint(self, model: str) -> Path:
+        """The safetensors directory of a model."""
+        return Path(finial.__file__).parent / "demo" if model == DEMO else self.models / model
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine.
+
+    Attributes:
+        adapter: file in adapters/; module: that it imports.
+        environment: name of its virtual environment, "" for finial's own interpreter.
+        formats: it runs, each with the suffix of its file; "" is the checkpoint itself.
+        slow: run only the workloads marked so.
+        variables: environment variables of its process.
+    """
+
+    name: str
+    adapter: str
+    module: str
+    environment: str
+    formats: Mapping[str, str]
+    slow: bool = False
+    sequences: bool = True
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def command(self, places: Places) -> list[str]:
+        python = Path(sys.executable) if not self.environment else places.python(self.environment)
+        return [str(python), str(ADAPTERS / self.adapter)]
+
+    def process_environment(self, threads: int) -> dict[str, str]:
+        # Only finial itself is found beside this interpreter's packages when it runs from its sources.
+        own = {} if self.environment else {"PYTHONPATH": str(Path(finial.__file__).parent.parent)}
+        return {"OMP_NUM_THREADS": str(threads), **own, **self.variables}
+
+    def model_file(self, places: Places, model: str, format: str) -> Path:
+        suffix = self.formats[format]
+        return places.models / f"{model}{suffix}" if suffix else places.checkpoint(model)
+
+    def runs(self, model: str, format: str, workload: Workload) -> bool:
+        """Whether there is a row for it at all."""
+        if format not in self.formats or (model == DEMO) != (format == "stored"):
+            return False
+        return (workload.slow or not self.slow) and (self.sequences or workload.sequences == 1)
+
+
+_GGUF = {f: f"-{f}.gguf" for f in ("bf16", "q8_0", "q4_0", "q4_k_m", "stored")}
+
+ENGINES: Mapping[str, Engine] = {
+    engine.name: engine
+    for engine in (
+        Engine("finial", "run_finial.py", "finial", "", _GGUF),
+        Engine("llama.cpp", "run_llama_cpp.py", "llama_cpp", "llama.cpp", _GGUF),
+        Engine(
+            "OpenVINO GenAI",
+            "run_openvino.py",
+            "openvino_genai",
+            "openvino",
+            {"bf16": "-openvino-fp16", "q8_0": "-openvino-int8", "q4_0": "-openvino-int4"},
+        ),
+        Engine(
+            "onnxruntime-genai", "run_onnxruntime.py", "onnxruntime_genai", "onnxruntime", {"q4_0": "-onnxruntime-int4"}
+        ),
+        Engine("transformers eager", "run_transformers.py", "transformers", "transformers", {"bf16": ""}, slow=True),
+        Engine(
+            "transformers compiled",
+            "run_transformers.py",
+            "transformers",
+            "transformers",
+            {"bf16": ""},
+            slow=True,
+            variables={"TRANSFORMERS_COMPILE": "1"},
+        ),
+    )
+}
+
+# Environment -> commands of pip after its virtual environment was made; the first of each is `install`ed on its own,
+# so that what comes later cannot choose another torch.
+RECIPES: Mapping[str, Sequence[Sequence[str]]] = {
+    "llama.cpp": (("--no-binary", "llama-cpp-python", "llama-cpp-python"),),
+    "openvino": (("openvino-genai", "numpy"),),
+    "onnxruntime": (("onnxruntime-genai", "numpy"),),
+    "transformers": ((TORCH,), ("transformers", "safetensors")),
+    EXPORT: ((TORCH,), ("optimum-intel", "openvino", "nncf", "onnx", "onnx-ir", "onnxruntime-genai"), (TORCH,)),
+}
+BUILD_VARIABLES: Mapping[str, str] = {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}  # read by llama-cpp-python's build alone
+
+
+def make_command(places: Places, model: str, suffix: str, out: Path) -> list[str]:
+    """The command that makes a model's file with this suffix at `out`."""
+    source = str(places.checkpoint(model))
+    export = places.python(EXPORT)
+    if suffix == "-q4_k_m.gguf":
+        adapter = str(ADAPTERS / "run_llama_cpp.py")
+        bf16 = str(places.models / f"{model}-bf16.gguf")
+        return [str(places.python("llama.cpp")), adapter, "quantize", bf16, str(out), "Q4_K_M"]
+    if suffix.endswith(".gguf"):
+        format = suffix[1 : -len(".gguf")]
+        return [sys.executable, "-m", "finial.cli", "convert", source, str(out)] + (
+            [] if format == "stored" else ["--format", format]
+        )
+    if suffix.startswith("-openvino-"):
+        task = ["--task", "text-generation-with-past", "--weight-format", suffix.removeprefix("-openvino-")]
+        return [str(export.with_name("optimum-cli")), "export", "openvino", "-m", source, *task, str(out)]
+    if suffix.startswith("-onnxruntime-"):
+        kind = suffix.removeprefix("-onnxruntime-")
+        builder = [str(export), "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", str(out)]
+        return [*builder, "-p", kind, "-e", "cpu", "-c", str(places.models / "onnxruntime-cache")]
+    return [sys.executable, "-m", "finial.cli", "synth", model, str(out)]

@@ -1,0 +1,144 @@
+// What the machine can do now: core-to-core latency and arithmetic peaks.  Compiled once with `cc -O2 -shared -pthread`.
+// Knows nothing of models.  A value that this CPU cannot give is -1.
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <time.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+static int pin(int cpu) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  return pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+}
+
+// ---- core-to-core latency: two threads pass a cache line to and fro; half a round trip.
+
+typedef struct {
+  _Alignas(128) _Atomic int64_t ball;
+  int cpu;
+  int64_t rounds;
+} Court;
+
+static void* far_side(void* argument) {
+  Court* court = argument;
+  pin(court->cpu);
+  for (int64_t i = 0; i < court->rounds; ++i) {
+    while (atomic_load_explicit(&court->ball, memory_order_acquire) != 2 * i + 1) {
+    }
+    atomic_store_explicit(&court->ball, 2 * i + 2, memory_order_release);
+  }
+  return 0;
+}
+
+typedef struct {
+  Court court;
+  int cpu;
+  double ns;
+} Match;
+
+static void* near_side(void* argument) {
+  Match* match = argument;
+  Court* court = &match->court;
+  pin(match->cpu);
+  pthread_t other;
+  if (pthread_create(&other, 0, far_side, court)) return 0;
+  double start = 0;
+  for (int64_t i = 0; i < court->rounds; ++i) {
+    if (i == court->rounds / 10) start = now();  // until then the other thread may still be starting
+    atomic_store_explicit(&court->ball, 2 * i + 1, memory_order_release);
+    while (atomic_load_explicit(&court->ball, memory_order_acquire) != 2 * i + 2) {
+    }
+  }
+  match->ns = 1e9 * (now() - start) / (2.0 * (court->rounds - court->rounds / 10));
+  pthread_join(other, 0);
+  return 0;
+}
+
+double core_to_core_ns(int a, int b, int64_t rounds) {
+  Match match = {.court = {.cpu = b, .rounds = rounds}, .cpu = a, .ns = -1};
+  atomic_init(&match.court.ball, 0);
+  pthread_t thread;
+  if (a == b || pthread_create(&thread, 0, near_side, &match)) return -1;
+  pthread_join(thread, 0);
+  return match.ns;
+}
+
+// ---- arithmetic peak: independent accumulators, operands in registers; a multiplication and an addition are two.
+
+enum { CHAINS = 12, INNER = 4096 };
+
+#if defined(__x86_64__)
+#define PEAK(NAME, TARGET, VECTOR, ZERO, STEP)                                       \
+  __attribute__((target(TARGET), noinline)) static void NAME(void) {                 \
+    VECTOR sum[CHAINS];                                                              \
+    _Pragma("GCC unroll 12") for (int c = 0; c < CHAINS; ++c) sum[c] = ZERO;         \
+    for (int i = 0; i < INNER; ++i) {                                                \
+      _Pragma("GCC unroll 12") for (int c = 0; c < CHAINS; ++c) {                    \
+        STEP;                                                                        \
+        __asm__ volatile("" : "+v"(sum[c]));                                         \
+      }                                                                              \
+    }                                                                                \
+  }
+PEAK(peak_f32, "avx2,fma", __m256, _mm256_setzero_ps(), sum[c] = _mm256_fmadd_ps(_mm256_set1_ps(1), _mm256_set1_ps(1), sum[c]))
+PEAK(peak_bf16, "avx512f,avx512bf16", __m512, _mm512_setzero_ps(),
+     sum[c] = _mm512_dpbf16_ps(sum[c], (__m512bh)_mm512_set1_epi16(0x3f80), (__m512bh)_mm512_set1_epi16(0x3f80)))
+PEAK(peak_i8, "avx512f,avx512vnni", __m512i, _mm512_setzero_si512(),
+     sum[c] = _mm512_dpbusd_epi32(sum[c], _mm512_set1_epi8(1), _mm512_set1_epi8(1)))
+#endif
+
+typedef struct {
+  void (*work)(void);
+  int cpu;
+  double seconds, best;
+} Runner;
+
+static void* race(void* argument) {
+  Runner* runner = argument;
+  pin(runner->cpu);
+  runner->best = 1e9;
+  const double end = now() + runner->seconds;
+  while (now() < end) {
+    const double start = now();
+    for (int i = 0; i < 8; ++i) runner->work();
+    const double took = (now() - start) / 8;
+    if (took < runner->best) runner->best = took;
+  }
+  return 0;
+}
+
+// kind: 0 f32 (AVX2 FMA), 1 bf16 (vdpbf16ps), 2 int8 (vpdpbusd).  1e9 operations per second of all CPUs together.
+double peak_gops(int kind, const int* cpus, int threads, double seconds) {
+  void (*work)(void) = 0;
+  double lanes = 0;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (kind == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) work = peak_f32, lanes = 8;
+  if (kind == 1 && __builtin_cpu_supports("avx512bf16")) work = peak_bf16, lanes = 32;
+  if (kind == 2 && __builtin_cpu_supports("avx512vnni")) work = peak_i8, lanes = 64;
+#endif
+  if (!work || threads < 1 || threads > 256) return -1;
+  Runner runners[256];
+  pthread_t handles[256];
+  double total = 0;
+  for (int t = 0; t < threads; ++t) {
+    runners[t] = (Runner){work, cpus[t], seconds, 0};
+    if (pthread_create(&handles[t], 0, race, &runners[t])) return -1;
+  }
+  for (int t = 0; t < threads; ++t) {
+    pthread_join(handles[t], 0);
+    total += 2.0 * lanes * CHAINS * INNER / runners[t].best / 1e9;
+  }
+  return total;
+}

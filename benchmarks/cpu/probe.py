@@ -1,0 +1,97 @@
+"""The machine beside every sample: read bandwidth and core-to-core latency; arithmetic peaks once per group.
+
+The bandwidth is finial's own probe; the rest is probe.c, compiled on first use.  Without a C compiler those are None.
+
+    probe = Probe(cache_directory); probe.now(threads=2), probe.peaks(threads=2), busy()
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from finial.machine import Sources, bandwidth_bytes, measure_bandwidth, probe_cpu, probe_memory
+
+SOURCE = Path(__file__).with_name("probe.c")
+SECONDS = 0.15  # a dozen passes over the buffer
+PEAKS = {"f32": 0, "bf16": 1, "int8": 2}
+
+
+class Probe:
+    """Measures now.
+
+    Attributes:
+        error: why there is no latency and no arithmetic peak; empty when there is.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        self._library, self.error = _build(cache)
+        self._cpus = _cpus()
+        self._bytes = bandwidth_bytes(probe_cpu(Sources()), probe_memory(Sources()))
+
+    def now(self, threads: int) -> dict[str, Any]:
+        """{"read_gb_s", "core_to_core_ns", "at"}: with as many threads as the engines have."""
+        read = measure_bandwidth([threads], self._bytes, SECONDS)[0]
+        return {"read_gb_s": read.read_gb_s, "core_to_core_ns": self._latency(), "at": round(time.time(), 2)}
+
+    def peaks(self, threads: int) -> dict[str, float]:
+        """1e9 operations per second by kind of number; those that this CPU has."""
+        if self._library is None:
+            return {}
+        cpus = (ctypes.c_int * threads)(*(self._cpus[i % len(self._cpus)] for i in range(threads)))
+        found = {name: self._library.peak_gops(kind, cpus, threads, 0.2) for name, kind in PEAKS.items()}
+        return {name: round(value, 1) for name, value in found.items() if value > 0}
+
+    def _latency(self) -> float | None:
+        if self._library is None or len(self._cpus) < 2:
+            return None
+        best = min(self._library.core_to_core_ns(self._cpus[0], self._cpus[-1], 5000) for _ in range(3))
+        return round(best, 1) if best > 0 else None
+
+
+def busy(seconds: float = 0.5) -> float | None:
+    """Share of all processors' time that something took while this process slept; None where nobody says."""
+
+    def read() -> tuple[int, int]:
+        fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(fields), fields[3] + fields[4]  # proc_pid_stat(5): idle and iowait are the fourth and fifth
+
+    try:
+        total, idle = read()
+        time.sleep(seconds)
+        total_after, idle_after = read()
+    except (OSError, ValueError):
+        return None
+    return 1 - (idle_after - idle) / max(1, total_after - total)
+
+
+def _cpus() -> list[int]:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return sorted(affinity(0)) if affinity is not None else []
+
+
+def _build(cache: Path) -> tuple[Any, str]:
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None, "no C compiler"
+    name = f"probe-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]}.so"
+    library = cache / name
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        built = library.with_suffix(f".{os.getpid()}")
+        command = [compiler, "-O2", "-shared", "-fPIC", "-pthread", "-o", str(built), str(SOURCE)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return None, f"{compiler}: {(done.stderr.strip().splitlines() or ['failed'])[0]}"
+        built.replace(library)
+    loaded = ctypes.CDLL(str(library))
+    loaded.core_to_core_ns.restype = loaded.peak_gops.restype = ctypes.c_double
+    loaded.core_to_core_ns.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+    loaded.peak_gops.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_double]
+    return loaded, ""

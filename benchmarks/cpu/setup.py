@@ -1,0 +1,89 @@
+"""Making ready: virtual environments of the rivals, and each engine's file of each model.  Nothing is timed here.
+
+install("openvino", places); make_file(places, "qwen3-0.6b", "-q8_0.gguf")
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import finial
+from benchmarks.cpu.engines import BUILD_VARIABLES, RECIPES, Engine, Places, make_command
+
+
+class SetupError(Exception):
+    """Something could not be made ready; the message says what and why."""
+
+
+def missing(engine: Engine, places: Places) -> str:
+    """Why an engine cannot run here; empty when it can."""
+    if not engine.environment:
+        return ""
+    how = f"python -m benchmarks.cpu install {engine.environment}"
+    python = places.python(engine.environment)
+    if not python.exists():
+        return f"not installed: {how}"
+    # Found, not imported: an import takes seconds and may start threads.
+    find = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
+    done = subprocess.run([str(python), "-c", find, engine.module], capture_output=True, check=False)
+    return f"{engine.module} is not installed for {python}: {how}" if done.returncode else ""
+
+
+def install(name: str, places: Places) -> None:
+    """Make the virtual environment `name` and install into it.
+
+    Raises:
+        SetupError: unknown name, or pip failed.
+    """
+    if name not in RECIPES:
+        raise SetupError(f"no recipe for {name}; there is {', '.join(RECIPES)}")
+    folder = places.engines / name
+    if not (folder / "bin" / "python").exists():
+        venv.create(folder, with_pip=True)
+    for packages in RECIPES[name]:
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *packages]
+        _run(pip, {**BUILD_VARIABLES} if name == "llama.cpp" else {}, f"pip install {' '.join(packages)}")
+
+
+def make_file(places: Places, model: str, suffix: str) -> Path:
+    """The model's file with this suffix, made when it is not there; it appears whole or not at all.
+
+    Raises:
+        SetupError: what makes it failed or is not installed.
+    """
+    target = places.models / f"{model}{suffix}"
+    if not suffix and places.checkpoint(model).exists():
+        return places.checkpoint(model)
+    if target.exists():
+        return target
+    places.models.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=places.models) as folder:
+        out = Path(folder) / target.name
+        source = {"PYTHONPATH": str(Path(finial.__file__).parent.parent)}
+        command = make_command(places, model, suffix, out)
+        _run(command, source if command[0] == sys.executable else {}, target.name)
+        out.replace(target)
+    return target
+
+
+def _run(command: Sequence[str], variables: Mapping[str, str], what: str) -> None:
+    if not (Path(command[0]).exists() or shutil.which(command[0])):
+        raise SetupError(f"{what} needs {command[0]}, which is not installed")
+    done = subprocess.run(
+        list(command),
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        lines = [line for line in done.stdout.strip().splitlines() if line.strip()]
+        raise SetupError(f"{what}: {lines[-1] if lines else f'status {done.returncode}'}")
