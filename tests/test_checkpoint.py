@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -52,9 +53,8 @@ def test_every_family_opens_alike_from_one_file_shards_and_gguf(name: str, tmp_p
 
 
 def test_names_without_the_model_prefix(tmp_path: Path) -> None:
-    made = models.model("qwen3-tied")
+    made = copy.deepcopy(models.model("qwen3-tied"))  # casting rounds its rope frequencies for good
     made.model.to(torch.bfloat16).save_pretrained(tmp_path)
-    made.to(torch.float32)
     assert "embed_tokens.weight" in load_file(tmp_path / "model.safetensors")
     _assert_same(tmp_path, "qwen3-tied")
 
