@@ -112,14 +112,14 @@ ENGINES: Mapping[str, Engine] = {
     )
 }
 
-# Environment -> commands of pip after its virtual environment was made; the first of each is `install`ed on its own,
-# so that what comes later cannot choose another torch.
+# Environment -> packages of each call of pip. Torch is named again beside what needs it: optimum and nncf would
+# otherwise replace it by the newest, with gigabytes of CUDA.
 RECIPES: Mapping[str, Sequence[Sequence[str]]] = {
     "llama.cpp": (("--no-binary", "llama-cpp-python", "llama-cpp-python"),),
     "openvino": (("openvino-genai", "numpy"),),
     "onnxruntime": (("onnxruntime-genai", "numpy"),),
     "transformers": ((TORCH,), ("transformers", "safetensors")),
-    EXPORT: ((TORCH,), ("optimum-intel", "openvino", "nncf", "onnx", "onnx-ir", "onnxruntime-genai"), (TORCH,)),
+    EXPORT: ((TORCH,), (TORCH, "optimum-intel", "openvino", "nncf", "onnx", "onnx-ir", "onnxruntime-genai")),
 }
 BUILD_VARIABLES: Mapping[str, str] = {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}  # read by llama-cpp-python's build alone
 

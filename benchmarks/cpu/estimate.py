@@ -12,7 +12,7 @@ from benchmarks.cpu.workloads import DEMO, Group
 
 # Of an engine of 0.6 B parameters on two cores of 2024; an estimate need not be better than a factor of two.
 DECODE_TOK_S, PROMPT_TOK_S = 30.0, 300.0
-START_S, PROBE_S, VERDICT_S = 4.0, 0.2, 25.0
+START_S, PROBE_S, VERDICT_S = 3.0, 0.2, 15.0
 
 
 def estimate(groups: Sequence[Group], engines: Sequence[Engine]) -> float:
