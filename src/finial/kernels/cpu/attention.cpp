@@ -1,13 +1,20 @@
-// attention: softmax(scale * q k^T) v over the pages of a row's sequence, one row and one kv head at a time.
+// attention: softmax(scale * q k^T) v, straight from the pages, for a tile of rows and one kv head at a time.
 //
 // Shapes: q, out [rows, heads * head_dim]; cache as in kernels.h. Row t sees positions max(0, p - window + 1) … p with
 // p = positions[t]. Reference: backends/reference.py `attention`. Tolerance per output: (head_dim / W + log2 W + 4)
 // * 2^-24 * |scale| * max_j sum_d |q k_j| relative in the weights, plus (number of keys) * 2^-24 in the weighted sum.
 //
-// Positions are taken in blocks of BLOCK aligned to position 0, whatever the pages are, with an online softmax
-// (Milakov and Gimelshein, arXiv:1805.02867): a row's result depends on its own position and keys and on nothing else.
-// A group of query heads shares each key and value, decoded once per block into the first-level cache.
-// Traffic: 2 * positions * head_dim elements per item; 4 * group * positions * head_dim flops.
+// Order of operations, the same for a row whatever is computed beside it:
+//   score     element d of a dot product goes to one of W lanes, d ascending within a lane; the lanes are summed as a
+//             tree (sum_each).
+//   softmax   chunks of ATTENTION_CHUNK positions aligned to position 0. In each: maximum, exp(score - maximum), lanes
+//             of position % W summed, values added up position by position. The chunks' results are merged in ascending
+//             order (Milakov and Gimelshein, arXiv:1805.02867), so a chunk may be computed anywhere, by any thread
+//             (Dao et al., flash-decoding, 2023). A row of one chunk is not merged at all.
+// A tile's queries, rows times the group's heads, share each key and value, which are converted in registers: up to
+// QUERIES of them at a time, W / QUERIES keys at a time, BLOCK positions in the first-level cache.
+//
+// Per kv head and position: 2 row_bytes read (512 bytes at head_dim 128 in bf16), 4 head_dim flops for each query.
 #include <math.h>
 
 #include "vector_exp.h"
@@ -17,132 +24,361 @@ namespace finial::FINIAL_ISA {
 
 namespace {
 
-constexpr int64_t BLOCK = 32;
+constexpr int64_t CHUNK_LENGTH = ATTENTION_CHUNK;
+constexpr int64_t BLOCK = 64;
+constexpr int64_t STEP = 2 * W;               // elements that a pair of vectors holds
+constexpr int QUERIES = W >= 16 ? 4 : 2;      // as many as accumulators fit the registers
+constexpr int SLICE = W >= 16 ? 4 : 2;        // pairs of value vectors that one query carries
+constexpr int64_t POINTERS = CHUNK_LENGTH * 2 * static_cast<int64_t>(sizeof(const uint8_t*) / sizeof(float));
 
-void to_floats(CacheType type, const uint8_t* p, int64_t n, float* out) {
-  if (type == CacheType::F32) {
-    std::memcpy(out, p, static_cast<size_t>(n) * sizeof(float));
-    return;
+int64_t padded(int64_t n) { return (n + STEP - 1) / STEP * STEP; }
+
+// How a row of keys or values is taken apart: elements [d, d + STEP) as two vectors, in an order of the type's own, in
+// which queries and outputs are kept too.  pair_n  takes the first n of them, the rest zero.
+struct RowF32 {
+  FINIAL_INLINE void pair(const uint8_t* row, int64_t d, V& a, V& b) {
+    a = load(reinterpret_cast<const float*>(row) + d);
+    b = load(reinterpret_cast<const float*>(row) + d + W);
   }
-  int64_t i = 0;
-  for (; i + W <= n; i += W) store(out + i, load_bf16(p + 2 * i));
-  if (i < n) decode(Format::BF16, p + 2 * i, n - i, out + i);
-}
-
-// Keys (which = 0) or values (1) of positions [from, to) as floats [to - from, head_dim].
-void gather(const Cache& cache, const int32_t* pages, int64_t head, int which, int64_t from, int64_t to, float* out) {
-  while (from < to) {
-    const int64_t at = from % cache.page_size, left = cache.page_size - at;
-    const int64_t count = to - from < left ? to - from : left;
-    const uint8_t* run = cache.keys(pages[from / cache.page_size], head) + which * cache.run_bytes();
-    to_floats(cache.type, run + at * cache.head_dim * cache.element(), count * cache.head_dim, out);
-    out += count * cache.head_dim;
-    from += count;
+  FINIAL_INLINE void pair_n(const uint8_t* row, int64_t d, int64_t n, V& a, V& b) {
+    const float* p = reinterpret_cast<const float*>(row) + d;
+    a = n < W ? load_n(p, n) : load(p);
+    b = n > W ? load_n(p + W, n - W) : zero();
   }
-}
+  FINIAL_INLINE void arrange(float*) {}
+  FINIAL_INLINE void restore(float*) {}
+};
 
-// scores[i] = scale * q . keys[i] for N keys: one accumulator each, so that N does not matter to the result.
-template <int N>
-void dots(const float* q, const float* keys, int64_t n, float scale, float* scores) {
-  V acc[N];
-  for (V& a : acc) a = zero();
+struct RowBF16 {
+  FINIAL_INLINE void pair(const uint8_t* row, int64_t d, V& a, V& b) { load_bf16_pair(row + 2 * d, a, b); }
+  FINIAL_INLINE void pair_n(const uint8_t* row, int64_t d, int64_t n, V& a, V& b) {
+    load_bf16_pair_n(row + 2 * d, n, a, b);
+  }
+  FINIAL_INLINE void arrange(float* p) {
+    V a, b;
+    part(load(p), load(p + W), a, b);
+    store(p, a);
+    store(p + W, b);
+  }
+  FINIAL_INLINE void restore(float* p) {
+    V a, b;
+    join(load(p), load(p + W), a, b);
+    store(p, a);
+    store(p + W, b);
+  }
+};
+
+struct RowQ8_0 {  // blocks of 32: f16 d, int8 q[32]; d q is exact in float32. Rows are whole blocks, and those pairs
+  FINIAL_INLINE void pair(const uint8_t* row, int64_t d, V& a, V& b) {
+    const uint8_t* block = row + d / 32 * 34;
+    const V scale = set1(half_to_float(block));
+    a = mul(scale, load_i8(block + 2 + d % 32));
+    b = mul(scale, load_i8(block + 2 + d % 32 + W));
+  }
+  FINIAL_INLINE void pair_n(const uint8_t* row, int64_t d, int64_t, V& a, V& b) { pair(row, d, a, b); }
+  FINIAL_INLINE void arrange(float*) {}
+  FINIAL_INLINE void restore(float*) {}
+};
+
+// scores[j][k] = scale * q[j] . keys[k] for Q queries and W / Q keys.
+template <class Row, int Q>
+void dots(const float* q, int64_t stride, const uint8_t* const* keys, int64_t n, V scale, float* scores) {
+  constexpr int KEYS = W / Q;
+  V acc[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) acc[i] = zero();
+  const auto step = [&](int64_t d, auto pair) {
+    V first[Q], second[Q];
+#pragma GCC unroll 4
+    for (int j = 0; j < Q; ++j) {
+      first[j] = load(q + j * stride + d), second[j] = load(q + j * stride + d + W);
+      keep_in_register(first[j]), keep_in_register(second[j]);
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < KEYS; ++k) {
+      V a, b;
+      pair(keys[k], a, b);
+#pragma GCC unroll 4
+      for (int j = 0; j < Q; ++j) acc[j * KEYS + k] = fma(first[j], a, acc[j * KEYS + k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < Q; ++j) acc[j * KEYS + k] = fma(second[j], b, acc[j * KEYS + k]);
+    }
+  };
   int64_t d = 0;
-  for (; d + W <= n; d += W) {
-    const V a = load(q + d);
-    for (int i = 0; i < N; ++i) acc[i] = fma(a, load(keys + i * n + d), acc[i]);
-  }
-  if (d < n) {
-    const V a = load_n(q + d, n - d);
-    for (int i = 0; i < N; ++i) acc[i] = fma(a, load_n(keys + i * n + d, n - d), acc[i]);
-  }
-  for (int i = 0; i < N; ++i) scores[i] = sum(acc[i]) * scale;
+  for (; d + STEP <= n; d += STEP) step(d, [d](const uint8_t* row, V& a, V& b) { Row::pair(row, d, a, b); });
+  if (d < n) step(d, [d, n](const uint8_t* row, V& a, V& b) { Row::pair_n(row, d, n - d, a, b); });
+  float each[W];
+  store(each, mul(sum_each(acc), scale));
+  for (int j = 0; j < Q; ++j) std::memcpy(scores + j * CHUNK_LENGTH, each + j * KEYS, KEYS * sizeof(float));
 }
 
-// out[d] = out[d] * keep + sum_i p[i] values[i, d] for N vectors of d, i ascending.
-template <int N>
-void weigh(const float* p, const float* values, int64_t count, int64_t n, V keep, float* out) {
-  V acc[N];
-  for (int j = 0; j < N; ++j) acc[j] = mul(load(out + j * W), keep);
-  for (int64_t i = 0; i < count; ++i) {
-    const V weight = set1(p[i]);
-    for (int j = 0; j < N; ++j) acc[j] = fma(weight, load(values + i * n + j * W), acc[j]);
+// out[j][e] += sum over i in [from, to), ascending, of p[j][i] values[i][e], for PAIRS pairs of vectors from element d.
+template <class Row, int Q, int PAIRS, bool PART>
+void weigh(const float* p, const uint8_t* const* values, int64_t from, int64_t to, int64_t d, int64_t n,
+           float* const* out) {
+  V acc[Q][2 * PAIRS];
+#pragma GCC unroll 4
+  for (int j = 0; j < Q; ++j)
+#pragma GCC unroll 8
+    for (int x = 0; x < 2 * PAIRS; ++x) acc[j][x] = load(out[j] + d + x * W);
+  for (int64_t i = from; i < to; ++i) {
+    V weight[Q];
+#pragma GCC unroll 4
+    for (int j = 0; j < Q; ++j) weight[j] = set1(p[j * CHUNK_LENGTH + i]);
+#pragma GCC unroll 4
+    for (int x = 0; x < PAIRS; ++x) {
+      V a, b;
+      if (PART) Row::pair_n(values[i], d + x * STEP, n - d, a, b);
+      if (!PART) Row::pair(values[i], d + x * STEP, a, b);
+#pragma GCC unroll 4
+      for (int j = 0; j < Q; ++j) {
+        acc[j][2 * x] = fma(weight[j], a, acc[j][2 * x]);
+        acc[j][2 * x + 1] = fma(weight[j], b, acc[j][2 * x + 1]);
+      }
+    }
   }
-  for (int j = 0; j < N; ++j) store(out + j * W, acc[j]);
+#pragma GCC unroll 4
+  for (int j = 0; j < Q; ++j)
+#pragma GCC unroll 8
+    for (int x = 0; x < 2 * PAIRS; ++x) store(out[j] + d + x * W, acc[j][x]);
 }
 
-void weigh_all(const float* p, const float* values, int64_t count, int64_t n, float keep, float* out) {
+template <class Row, int Q>
+void weigh_rows(const float* p, const uint8_t* const* values, int64_t from, int64_t to, int64_t n, float* const* out) {
+  if (from >= to) return;
+  constexpr int PAIRS = Q == 4 ? SLICE / 2 : Q == 2 ? (W >= 16 ? SLICE : SLICE / 2) : SLICE;
   int64_t d = 0;
-  for (; d + 4 * W <= n; d += 4 * W) weigh<4>(p, values + d, count, n, set1(keep), out + d);
-  for (; d + W <= n; d += W) weigh<1>(p, values + d, count, n, set1(keep), out + d);
-  if (d == n) return;
-  V acc = mul(load_n(out + d, n - d), set1(keep));
-  for (int64_t i = 0; i < count; ++i) acc = fma(set1(p[i]), load_n(values + i * n + d, n - d), acc);
-  store_n(out + d, acc, n - d);
+  for (; d + PAIRS * STEP <= n; d += PAIRS * STEP) weigh<Row, Q, PAIRS, false>(p, values, from, to, d, n, out);
+  if (PAIRS > 2 && d + 2 * STEP <= n) {
+    weigh<Row, Q, 2, false>(p, values, from, to, d, n, out);
+    d += 2 * STEP;
+  }
+  for (; d + STEP <= n; d += STEP) weigh<Row, Q, 1, false>(p, values, from, to, d, n, out);
+  if (d < n) weigh<Row, Q, 1, true>(p, values, from, to, d, n, out);
 }
 
-// Scores [BLOCK] to exp(score - best), with the running maximum and sum brought up to date. Returns the factor by which
-// what was summed before has to shrink. Scores outside the row's range are -infinity.
-float soften(float* scores, float& best, float& sum_of_weights) {
-  V top = load(scores);
-  for (int64_t i = W; i < BLOCK; i += W) top = max(top, load(scores + i));
-  const float now = largest(top), next = now > best ? now : best;
+struct Span {  // positions of a chunk that a query sees
+  int64_t from, to;
+};
+
+// The part of each query's span that lies in [from, to). What the queries have in common is taken together.
+template <class Row, int Q>
+void weigh_spans(const float* p, const uint8_t* const* values, const Span* spans, int64_t from, int64_t to, int64_t n,
+                 float* const* out) {
+  Span each[Q];
+  int64_t low = from, high = to;
+  for (int j = 0; j < Q; ++j) {
+    each[j] = {spans[j].from > from ? spans[j].from : from, spans[j].to < to ? spans[j].to : to};
+    low = each[j].from > low ? each[j].from : low;
+    high = each[j].to < high ? each[j].to : high;
+  }
+  const bool common = low < high;
+  for (int j = 0; j < Q; ++j)
+    weigh_rows<Row, 1>(p + j * CHUNK_LENGTH, values, each[j].from, common ? low : each[j].to, n, out + j);
+  if (!common) return;
+  weigh_rows<Row, Q>(p, values, low, high, n, out);
+  for (int j = 0; j < Q; ++j) weigh_rows<Row, 1>(p + j * CHUNK_LENGTH, values, high, each[j].to, n, out + j);
+}
+
+struct Softmax {
+  float best, weight;  // largest score, sum of exp(score - best); weight 0: nothing seen yet
+};
+
+// Scores of [from, to), whole vectors, to exp(score - best); those outside the span become 0.
+Softmax soften(float* scores, const Span& span, int64_t from, int64_t to) {
+  for (int64_t i = from; i < span.from; ++i) scores[i] = -HUGE_VALF;
+  for (int64_t i = span.to; i < to; ++i) scores[i] = -HUGE_VALF;
+  V top = load(scores + from);
+  for (int64_t i = from + W; i < to; i += W) top = max(top, load(scores + i));
+  const float best = largest(top);
   V weights = zero();
-  for (int64_t i = 0; i < BLOCK; i += W) {
-    const V p = exp(sub(load(scores + i), set1(next)));
+  for (int64_t i = from; i < to; i += W) {
+    const V p = exp(sub(load(scores + i), set1(best)));
     store(scores + i, p);
     weights = add(weights, p);
   }
-  float keep[W];
-  store(keep, exp(set1(best - next)));
-  sum_of_weights = sum_of_weights * keep[0] + sum(weights);
-  best = next;
-  return keep[0];
+  return {best, sum(weights)};
+}
+
+// The results of one more chunk into those of the chunks before.
+void merge(Softmax& s, float* out, const Softmax& more, const float* added, int64_t n) {
+  if (more.weight == 0) return;
+  if (s.weight == 0) {
+    s = more;
+    std::memcpy(out, added, static_cast<size_t>(n) * sizeof(float));
+    return;
+  }
+  const float best = more.best > s.best ? more.best : s.best;
+  const V keep = exp(set1(s.best - best)), take = exp(set1(more.best - best));
+  V weight = fma(set1(more.weight), take, mul(set1(s.weight), keep));
+  float lanes[W];
+  store(lanes, weight);
+  s = {best, lanes[0]};
+  for (int64_t d = 0; d < n; d += W) store(out + d, fma(load(added + d), take, mul(load(out + d), keep)));
+}
+
+template <class Row>
+void finish(const Softmax& s, float* sums, int64_t n, float* out) {
+  const V weight = set1(s.weight);
+  for (int64_t d = 0; d < n; d += STEP) {
+    Row::restore(sums + d);
+    for (int64_t e = d; e < n && e < d + STEP; e += W) {
+      const V y = div(load(sums + e), weight);
+      n - e < W ? store_n(out + e, y, n - e) : store(out + e, y);
+    }
+  }
+}
+
+void clear(float* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) store(p + i, zero());
+}
+
+// A query's place in q and out: query j of a piece is head j % group of row j / group.
+int64_t place(const Attention& a, const AttentionPiece& piece, int64_t j) {
+  const int64_t row = piece.row + j / a.group;
+  return ((row * a.cache.kv_heads + piece.head) * a.group + j % a.group) * a.cache.head_dim;
+}
+
+// Where the keys and values of chunk positions [from, to) lie; the rest of each vector's worth of them repeats one.
+void locate(const Attention& a, const AttentionPiece& piece, int64_t base, int64_t from, int64_t to,
+            const uint8_t** keys, const uint8_t** values) {
+  const int32_t* pages = a.pages + a.sequence[piece.row] * a.pages_per_sequence;
+  const int64_t row_bytes = a.cache.row_bytes(), run_bytes = a.cache.run_bytes();
+  int64_t i = from, page = (base + from) / a.cache.page_size, at = (base + from) % a.cache.page_size;
+  for (; i < to; ++page, at = 0) {
+    const uint8_t* run = a.cache.keys(pages[page], piece.head) + at * row_bytes;
+    const int64_t count = a.cache.page_size - at < to - i ? a.cache.page_size - at : to - i;
+    for (int64_t k = 0; k < count; ++k, ++i, run += row_bytes) keys[i] = run, values[i] = run + run_bytes;
+  }
+  for (; i % W != 0; ++i) keys[i] = keys[to - 1];
+  for (i = from; i % W != 0; --i) keys[i - 1] = keys[from];
+}
+
+template <class Row, int Q>
+void score_block(const float* q, int64_t stride, const uint8_t* const* keys, int64_t from, int64_t to, int64_t n,
+                 V scale, float* scores) {
+  for (int64_t i = from; i < to; i += W / Q) dots<Row, Q>(q, stride, keys + i, n, scale, scores + i);
+}
+
+template <class Row>
+void piece_of(const Attention& a, const AttentionPiece& piece, float* partial, float* scratch) {
+  const int64_t n = a.cache.head_dim, stride = padded(n), queries = piece.rows * a.group;
+  const uint8_t** keys = reinterpret_cast<const uint8_t**>(scratch);  // [CHUNK_LENGTH]
+  const uint8_t** values = keys + CHUNK_LENGTH;                       // [CHUNK_LENGTH]
+  float* q = scratch + POINTERS;                                      // [queries, stride]
+  float* sums = q + queries * stride;                                 // [queries, stride]
+  float* added = sums + queries * stride;                             // [queries, stride]
+  float* scores = added + queries * stride;                           // [queries, CHUNK_LENGTH]
+  Softmax* state = reinterpret_cast<Softmax*>(scores + queries * CHUNK_LENGTH);  // [queries]
+  Softmax* fresh = state + queries;                                              // [queries]
+  Span* spans = reinterpret_cast<Span*>(fresh + queries);                        // [queries]
+  float** targets = reinterpret_cast<float**>(spans + queries);                  // [queries]
+  for (int64_t j = 0; j < queries; ++j) {
+    const float* from = a.q + place(a, piece, j);
+    float* to = q + j * stride;
+    clear(to + stride - STEP, STEP);
+    std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+    for (int64_t d = 0; d < stride; d += STEP) Row::arrange(to + d);
+    state[j] = {0, 0};
+  }
+  const V scale = set1(a.scale);
+  for (int64_t chunk = piece.begin; chunk < piece.end; ++chunk) {
+    const int64_t base = chunk * CHUNK_LENGTH;
+    int64_t from = CHUNK_LENGTH, to = 0;
+    for (int64_t j = 0; j < queries; ++j) {
+      const int64_t last = a.positions[piece.row + j / a.group] - base;
+      int64_t first = a.window > 0 && last + base >= a.window ? last - a.window + 1 : -base;
+      first = first > 0 ? first : 0;
+      spans[j] = {first, last + 1 < CHUNK_LENGTH ? last + 1 : CHUNK_LENGTH};
+      if (spans[j].from >= spans[j].to) {
+        spans[j] = {0, 0};
+        continue;
+      }
+      from = spans[j].from < from ? spans[j].from : from;
+      to = spans[j].to > to ? spans[j].to : to;
+    }
+    float* left = partial == nullptr ? nullptr : partial + (chunk - piece.begin) * queries * (stride + STEP);
+    for (int64_t j = 0; j < queries; ++j) {
+      targets[j] = left != nullptr ? left + j * (stride + STEP) : (state[j].weight == 0 ? sums : added) + j * stride;
+      clear(targets[j], stride);
+      fresh[j] = {0, 0};
+    }
+    if (from < to) {
+      locate(a, piece, base, from, to, keys, values);
+      const int64_t start = from / W * W, stop = (to + W - 1) / W * W;
+      for (int64_t block = start; block < stop; block += BLOCK) {
+        const int64_t end = block + BLOCK < stop ? block + BLOCK : stop;
+        int64_t j = 0;
+        if (QUERIES == 4)
+          for (; j + 4 <= queries; j += 4)
+            score_block<Row, QUERIES>(q + j * stride, stride, keys, block, end, n, scale, scores + j * CHUNK_LENGTH);
+        for (; j + 2 <= queries; j += 2)
+          score_block<Row, 2>(q + j * stride, stride, keys, block, end, n, scale, scores + j * CHUNK_LENGTH);
+        if (j < queries)
+          score_block<Row, 1>(q + j * stride, stride, keys, block, end, n, scale, scores + j * CHUNK_LENGTH);
+      }
+      for (int64_t j = 0; j < queries; ++j)
+        if (spans[j].from < spans[j].to) fresh[j] = soften(scores + j * CHUNK_LENGTH, spans[j], start, stop);
+      for (int64_t block = from; block < to; block += BLOCK) {
+        const int64_t end = block + BLOCK < to ? block + BLOCK : to;
+        int64_t j = 0;
+        if (QUERIES == 4)
+          for (; j + 4 <= queries; j += 4)
+            weigh_spans<Row, QUERIES>(scores + j * CHUNK_LENGTH, values, spans + j, block, end, n, targets + j);
+        for (; j + 2 <= queries; j += 2)
+          weigh_spans<Row, 2>(scores + j * CHUNK_LENGTH, values, spans + j, block, end, n, targets + j);
+        if (j < queries)
+          weigh_spans<Row, 1>(scores + j * CHUNK_LENGTH, values, spans + j, block, end, n, targets + j);
+      }
+    }
+    for (int64_t j = 0; j < queries; ++j) {
+      if (left != nullptr)
+        std::memcpy(targets[j] + stride, &fresh[j], sizeof(Softmax));
+      else if (state[j].weight == 0)
+        state[j] = fresh[j];
+      else
+        merge(state[j], sums + j * stride, fresh[j], targets[j], stride);
+    }
+  }
+  if (partial != nullptr) return;
+  for (int64_t j = 0; j < queries; ++j) finish<Row>(state[j], sums + j * stride, n, a.out + place(a, piece, j));
+}
+
+template <class Row>
+void merge_of(const Attention& a, const AttentionPiece& piece, const float* partial, float* scratch) {
+  const int64_t n = a.cache.head_dim, stride = padded(n), queries = piece.rows * a.group;
+  for (int64_t j = 0; j < queries; ++j) {
+    Softmax state{0, 0};
+    const float* chunk = partial + j * (stride + STEP);
+    for (int64_t c = piece.begin; c < piece.end; ++c, chunk += queries * (stride + STEP)) {
+      Softmax more;
+      std::memcpy(&more, chunk + stride, sizeof more);
+      merge(state, scratch, more, chunk, stride);
+    }
+    finish<Row>(state, scratch, n, a.out + place(a, piece, j));
+  }
 }
 
 }  // namespace
 
-int64_t attention_scratch(const Attention& a) {
-  return BLOCK * a.cache.head_dim + a.group * (BLOCK + a.cache.head_dim + 2);
+int64_t attention_scratch(int64_t head_dim, int64_t queries) {
+  constexpr int64_t FLOATS = sizeof(float);
+  constexpr int64_t BYTES = sizeof(Span) + sizeof(float*) + 2 * sizeof(Softmax);
+  return POINTERS + queries * (3 * padded(head_dim) + CHUNK_LENGTH + BYTES / FLOATS);
 }
 
-void attention(const Attention& a, int64_t begin, int64_t end, float* scratch) {
-  const int64_t n = a.cache.head_dim;
-  float* rows = scratch;                  // [BLOCK, head_dim] keys, then values
-  float* scores = rows + BLOCK * n;       // [group, BLOCK]
-  float* out = scores + a.group * BLOCK;  // [group, head_dim]
-  float* best = out + a.group * n;        // [group]
-  float* weight = best + a.group;         // [group]
-  const float nothing = -HUGE_VALF;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t row = item / a.cache.kv_heads, head = item % a.cache.kv_heads;
-    const int64_t last = a.positions[row];
-    const int64_t first = a.window > 0 && last >= a.window ? last - a.window + 1 : 0;
-    const int32_t* pages = a.pages + a.sequence[row] * a.pages_per_sequence;
-    const int64_t at = (row * a.cache.kv_heads + head) * a.group * n;
-    for (int64_t g = 0; g < a.group; ++g) best[g] = nothing, weight[g] = 0;
-    for (int64_t i = 0; i < a.group * n; ++i) out[i] = 0;
-    for (int64_t base = first / BLOCK * BLOCK; base <= last; base += BLOCK) {
-      const int64_t from = first > base ? first : base, to = last + 1 < base + BLOCK ? last + 1 : base + BLOCK;
-      const int64_t count = to - from;
-      gather(a.cache, pages, head, 0, from, to, rows);
-      for (int64_t g = 0; g < a.group; ++g) {
-        float* s = scores + g * BLOCK;
-        for (int64_t i = 0; i < BLOCK; ++i) s[i] = nothing;
-        float* inside = s + (from - base);
-        int64_t i = 0;
-        for (; i + 4 <= count; i += 4) dots<4>(a.q + at + g * n, rows + i * n, n, a.scale, inside + i);
-        for (; i < count; ++i) dots<1>(a.q + at + g * n, rows + i * n, n, a.scale, inside + i);
-      }
-      gather(a.cache, pages, head, 1, from, to, rows);
-      for (int64_t g = 0; g < a.group; ++g) {
-        float* s = scores + g * BLOCK;
-        const float keep = soften(s, best[g], weight[g]);
-        weigh_all(s + (from - base), rows, count, n, keep, out + g * n);
-      }
-    }
-    for (int64_t g = 0; g < a.group; ++g)
-      for (int64_t i = 0; i < n; ++i) a.out[at + g * n + i] = out[g * n + i] / weight[g];
-  }
+int64_t attention_partial(int64_t head_dim) { return padded(head_dim) + STEP; }
+
+void attention(const Attention& a, const AttentionPiece& piece, float* partial, float* scratch) {
+  if (a.cache.type == CacheType::F32) return piece_of<RowF32>(a, piece, partial, scratch);
+  if (a.cache.type == CacheType::BF16) return piece_of<RowBF16>(a, piece, partial, scratch);
+  piece_of<RowQ8_0>(a, piece, partial, scratch);
+}
+
+void attention_merge(const Attention& a, const AttentionPiece& piece, const float* partial, float* scratch) {
+  if (a.cache.type == CacheType::F32) return merge_of<RowF32>(a, piece, partial, scratch);
+  if (a.cache.type == CacheType::BF16) return merge_of<RowBF16>(a, piece, partial, scratch);
+  merge_of<RowQ8_0>(a, piece, partial, scratch);
 }
 
 }  // namespace finial::FINIAL_ISA

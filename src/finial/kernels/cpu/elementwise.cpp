@@ -15,8 +15,10 @@ namespace finial::FINIAL_ISA {
 // From matmul.cpp and attention.cpp.
 int64_t linear_scratch(const Linear&, int64_t rows);
 void linear(const Linear&, const float* x, float* y, int64_t rows, int64_t begin, int64_t end, float* scratch);
-int64_t attention_scratch(const Attention&);
-void attention(const Attention&, int64_t begin, int64_t end, float* scratch);
+int64_t attention_scratch(int64_t head_dim, int64_t queries);
+int64_t attention_partial(int64_t head_dim);
+void attention(const Attention&, const AttentionPiece&, float* partial, float* scratch);
+void attention_merge(const Attention&, const AttentionPiece&, const float* partial, float* scratch);
 
 namespace {
 
@@ -81,11 +83,48 @@ void rope(const float* x, const float* cos, const float* sin, float* y, int64_t 
   }
 }
 
+// IEEE half of a float that is not negative, to nearest even; what is too large becomes infinity.
+uint16_t to_half(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (bits >= 0x47800000u) return bits > 0x7F800000u ? 0x7E00 : 0x7C00;  // 65536 and above, NaN
+  if (bits < 0x38800000u) {                                              // below 2^-14: units of 2^-24
+    const float units = x + 0.5f;                                        // whose last bit, at 0.5, is 2^-24
+    uint32_t low;
+    std::memcpy(&low, &units, 4);
+    return static_cast<uint16_t>(low - 0x3F000000u);
+  }
+  return static_cast<uint16_t>((bits - 0x38000000u + 0xFFF + (bits >> 13 & 1)) >> 13);
+}
+
+// As formats.py encodes: the inverse of the float32 scale, halves away from zero.
+void store_q8_0(const float* x, uint8_t* out, int64_t n) {
+  for (; n > 0; n -= 32, x += 32, out += 34) {
+    V top = zero(), poison = zero();
+    for (int i = 0; i < 32; i += W) {
+      top = max(top, max(load(x + i), sub(zero(), load(x + i))));
+      poison = fma(load(x + i), zero(), poison);  // NaN where x is no number, and so is the block
+    }
+    const float scale = largest(top) / 127.0f + sum(poison);
+    const float inverse = scale < 1.17549435e-38f ? 0.0f : 1.0f / scale;
+    const uint16_t half = to_half(scale);
+    std::memcpy(out, &half, 2);
+    int8_t whole[32];
+    for (int i = 0; i < 32; ++i) {
+      const float scaled = x[i] * inverse, up = scaled + copysignf(0.49999997f, scaled);  // the number below a half:
+      const float kept = up > -128.0f && up < 128.0f ? up : 0.0f;  // cut off, halves are rounded away from zero
+      whole[i] = static_cast<int8_t>(static_cast<int32_t>(kept));
+    }
+    std::memcpy(out + 2, whole, 32);
+  }
+}
+
 void store_cache(CacheType type, const float* x, uint8_t* out, int64_t n) {
   if (type == CacheType::F32) {
     std::memcpy(out, x, static_cast<size_t>(n) * sizeof(float));
     return;
   }
+  if (type == CacheType::Q8_0) return store_q8_0(x, out, n);
   int64_t i = 0;
   for (; i + W <= n; i += W) store_bf16(out + 2 * i, load(x + i));
   if (i < n) {
@@ -115,7 +154,9 @@ const Kernels kernels = {FINIAL_TEXT(FINIAL_ISA),
                          linear_scratch,
                          decode,
                          attention,
+                         attention_merge,
                          attention_scratch,
+                         attention_partial,
                          rms_norm,
                          rope,
                          store_cache,

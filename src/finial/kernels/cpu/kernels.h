@@ -29,7 +29,12 @@ struct Linear {
   Format format;
 };
 
-enum class CacheType : int { F32, BF16 };
+enum class CacheType : int { F32, BF16, Q8_0 };
+
+// Bytes of one position's key, or value, of one head. Q8_0 wants a head_dim of whole blocks of 32.
+inline int64_t cache_row_bytes(CacheType type, int64_t head_dim) {
+  return type == CacheType::F32 ? 4 * head_dim : type == CacheType::BF16 ? 2 * head_dim : head_dim / 32 * 34;
+}
 
 // One layer's keys and values, in the order in which a kv head is read: [page][kv_head][2: k, v][position][head_dim].
 struct Cache {
@@ -37,8 +42,8 @@ struct Cache {
   CacheType type;
   int64_t pages, page_size, kv_heads, head_dim;
 
-  int64_t element() const { return type == CacheType::F32 ? 4 : 2; }
-  int64_t run_bytes() const { return page_size * head_dim * element(); }  // one page's keys, or values, of one head
+  int64_t row_bytes() const { return cache_row_bytes(type, head_dim); }
+  int64_t run_bytes() const { return page_size * row_bytes(); }  // one page's keys, or values, of one head
   uint8_t* keys(int64_t page, int64_t head) const { return data + (page * kv_heads + head) * 2 * run_bytes(); }
 };
 
@@ -55,6 +60,15 @@ struct Attention {
   float scale;
 };
 
+// Positions are taken in chunks of this many, aligned to position 0: the unit of the online softmax, and of sharing
+// one row's attention among threads.
+constexpr int64_t ATTENTION_CHUNK = 256;
+
+// What one thread takes at once: neighbouring rows of one sequence, one kv head, chunks [begin, end) of positions.
+struct AttentionPiece {
+  int64_t row, rows, head, begin, end;
+};
+
 struct Kernels {
   const char* name;
   // y[t, o] = sum_k x[t, k] w[o, k] + bias[o] for t < rows and begin <= o < end. x is [rows, n_in], y [rows, n_out].
@@ -63,9 +77,12 @@ struct Kernels {
   int64_t (*linear_scratch)(const Linear&, int64_t rows);
   // n elements, the start on a block boundary and n whole blocks.
   void (*decode)(Format, const uint8_t* source, int64_t n, float* out);
-  // Items begin <= (row, kv head) < end, row-major.
-  void (*attention)(const Attention&, int64_t begin, int64_t end, float* scratch);
-  int64_t (*attention_scratch)(const Attention&);
+  // partial null: the piece holds every chunk that its rows see, and their outputs are written. Otherwise each chunk
+  // leaves rows * group * attention_partial floats there, and `attention_merge` makes the outputs of them.
+  void (*attention)(const Attention&, const AttentionPiece&, float* partial, float* scratch);
+  void (*attention_merge)(const Attention&, const AttentionPiece&, const float* partial, float* scratch);
+  int64_t (*attention_scratch)(int64_t head_dim, int64_t queries);  // floats; queries = rows * group of a piece
+  int64_t (*attention_partial)(int64_t head_dim);                   // floats of one query and chunk
   void (*rms_norm)(const float* x, const float* weight, float* y, int64_t width, float eps);     // one group of `width`
   void (*rope)(const float* x, const float* cos, const float* sin, float* y, int64_t head_dim);  // one head
   void (*store)(CacheType, const float* x, uint8_t* out, int64_t n);

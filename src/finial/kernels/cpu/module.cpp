@@ -49,7 +49,8 @@ Linear weight_of(const Bytes& data, const std::string& format, int64_t n_out, in
 CacheType cache_type(const std::string& dtype) {
   if (dtype == "f32") return CacheType::F32;
   if (dtype == "bf16") return CacheType::BF16;
-  throw std::invalid_argument("a cache is f32 or bf16, not " + dtype);
+  if (dtype == "q8_0") return CacheType::Q8_0;
+  throw std::invalid_argument("a cache is f32, bf16 or q8_0, not " + dtype);
 }
 
 std::shared_ptr<Program> make_program(std::shared_ptr<Pool> pool, const std::string& isa) {

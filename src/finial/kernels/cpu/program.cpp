@@ -9,6 +9,7 @@ namespace finial {
 namespace {
 
 constexpr int READ_ONLY = -1;
+constexpr int PARTIALS = -2;  // what attention leaves between threads: one memory for all
 
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
@@ -22,8 +23,8 @@ State::State(std::vector<CacheSpec> specs, int64_t pages, int64_t page_size)
           "a cache of " + std::to_string(pages) + " pages of " + std::to_string(page_size) +
               " positions: expected at least 0 and 1, and fewer than 2^31 positions in all");
   for (const CacheSpec& s : specs_) {
-    const int64_t element = s.type == CacheType::F32 ? 4 : 2;
-    memory_.emplace_back(static_cast<size_t>(pages * page_size * 2 * s.kv_heads * s.head_dim * element));
+    const int64_t row = cache_row_bytes(s.type, s.head_dim);
+    memory_.emplace_back(static_cast<size_t>(pages * page_size * 2 * s.kv_heads * row), Pages::Huge);
   }
 }
 
@@ -67,6 +68,7 @@ int Program::int_input(std::string name) {
 
 int Program::cache(CacheSpec spec) {
   require(spec.kv_heads >= 1 && spec.head_dim >= 1, "cache: kv_heads and head_dim must be at least 1");
+  require(spec.type != CacheType::Q8_0 || spec.head_dim % 32 == 0, "cache: q8_0 takes a head_dim of whole blocks of 32");
   caches_.push_back(spec);
   return static_cast<int>(caches_.size()) - 1;
 }
@@ -192,7 +194,12 @@ void Program::attention(int out, int queries, int cache, int positions, int star
   i.out = out, i.a = queries, i.cache = cache, i.table = map, i.window = window, i.number = scale;
   i.ints[0] = positions, i.ints[1] = starts, i.ints[2] = lengths, i.ints[3] = pages;
   i.group = q.width / kv;
-  push(i, {resource(queries), 4 * cache + 2}, {resource(out)});
+  for (; i.plan < static_cast<int>(plans_.size()); ++i.plan) {
+    const PlanSpec& p = plans_[static_cast<size_t>(i.plan)];
+    if (p.map == map && p.window == window && p.group == i.group && p.cache == spec) break;
+  }
+  if (i.plan == static_cast<int>(plans_.size())) plans_.push_back({map, window, i.group, spec});
+  push(i, {resource(queries), 4 * cache + 2}, {resource(out), PARTIALS});
 }
 
 void Program::pointwise(Op op, int out, int a, int b) {

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "attention_plan.h"
 #include "kernels.h"
 #include "memory.h"
 #include "threads.h"
@@ -61,6 +62,7 @@ struct Instruction {
   int ints[4] = {-1, -1, -1, -1};
   int cache = -1;  // index of a state's cache
   int table = -1;  // index of a rope table, or of an attention's sequence map
+  int plan = 0;    // index of an attention's plan
   finial::Linear linear{};
   const float* vector = nullptr;  // norm weight [width], or inverse frequencies [width / 2]
   int64_t width = 0;              // of a norm's group, or head_dim
@@ -117,6 +119,11 @@ class Program {
     int positions, starts, lengths, pages, dimension;
     int64_t window;  // the widest of the attentions that use it; 0 is everything
   };
+  struct PlanSpec {  // attentions that are shared out alike
+    int map;
+    int64_t window, group;
+    CacheSpec cache;
+  };
   enum class Limit { None, Constant, Slots, Rows };  // what an integer input must stay below
   struct Check {
     int input, dimension;  // one element for each row of this dimension
@@ -149,12 +156,14 @@ class Program {
   std::vector<CacheSpec> caches_;
   std::vector<RopeTable> tables_;
   std::vector<SequenceMap> maps_;
+  std::vector<PlanSpec> plans_;
   std::vector<Check> checks_;
   std::vector<Instruction> code_;
   std::set<int> read_, written_;  // since the last barrier, while building
 
   std::mutex running_;
-  Memory arena_, scratch_;
+  Memory arena_, scratch_, partials_;
+  std::vector<AttentionPlan> shares_;             // [plans]: of this step
   std::vector<int32_t> sequence_;                 // [maps][rows]: the sequence of a row
   std::unique_ptr<std::atomic<int64_t>[]> next_;  // [instructions]: the next item that nobody has taken
   size_t counters_ = 0;

@@ -125,14 +125,28 @@ void Program::reserve(Step& step) {
     if (buffers_[i].slot >= 0) step.buffers[i] = arena_.floats() + offsets[static_cast<size_t>(buffers_[i].slot)];
   for (int64_t offset : table_offsets) step.tables.push_back(arena_.floats() + offset);
 
+  shares_.resize(plans_.size());
+  int64_t partials = 0;
+  for (size_t i = 0; i < plans_.size(); ++i) {
+    const PlanSpec& p = plans_[i];
+    const SequenceMap& m = maps_[static_cast<size_t>(p.map)];
+    const IntArray& starts = step.input(m.starts);
+    shares_[i].build(step.input(m.positions).data, starts.data, starts.shape[0] - 1, p.window, p.group,
+                     p.cache.kv_heads, kernels_->attention_partial(p.cache.head_dim), pool_->threads());
+    partials = shares_[i].partial_floats() > partials ? shares_[i].partial_floats() : partials;
+  }
+  if (partials_.size() < static_cast<size_t>(partials) * sizeof(float)) {
+    partials_ = Memory();
+    partials_ = Memory(static_cast<size_t>(partials) * sizeof(float), Pages::Huge);
+  }
+
   for (const Instruction& i : code_) {
     int64_t wanted = 0;
     if (i.op == Op::Linear)
       wanted = kernels_->linear_scratch(i.linear, step.rows(buffers_[static_cast<size_t>(i.out)]));
     if (i.op == Op::Attention) {
-      finial::Attention a{};
-      a.cache = step.state.cache(i.cache), a.group = i.group;
-      wanted = kernels_->attention_scratch(a);
+      const CacheSpec& cache = plans_[static_cast<size_t>(i.plan)].cache;
+      wanted = kernels_->attention_scratch(cache.head_dim, shares_[static_cast<size_t>(i.plan)].tile_rows() * i.group);
     }
     if (rounded(wanted, LINE) > step.scratch_stride) step.scratch_stride = rounded(wanted, LINE);
   }
@@ -248,7 +262,7 @@ void Program::execute(const Instruction& i, const Step& step, int thread) {
       for (int64_t h = part.begin; h < part.end; ++h) {
         const int64_t slot = step.input(i.ints[0]).data[h / cache.kv_heads];
         uint8_t* keys = cache.keys(slot / cache.page_size, h % cache.kv_heads) +
-                        slot % cache.page_size * cache.head_dim * cache.element();
+                        slot % cache.page_size * cache.row_bytes();
         kernels_->store(cache.type, at(i.a) + h * cache.head_dim, keys, cache.head_dim);
         kernels_->store(cache.type, at(i.b) + h * cache.head_dim, keys + cache.run_bytes(), cache.head_dim);
       }
@@ -266,11 +280,18 @@ void Program::execute(const Instruction& i, const Step& step, int thread) {
                                 i.group,
                                 i.window,
                                 i.number};
-      // Items cost as much as their sequence is long, so threads take them one by one.
+      // Pieces cost as much as their sequence is long, so threads take them one by one.
       std::atomic<int64_t>& next = next_[static_cast<size_t>(&i - code_.data())];
-      const int64_t items = step.rows(spec(i.out)) * a.cache.kv_heads;
-      for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;)
-        kernels_->attention(a, item, item + 1, step.scratch + thread * step.scratch_stride);
+      AttentionPlan& plan = shares_[static_cast<size_t>(i.plan)];
+      float* scratch = step.scratch + thread * step.scratch_stride;
+      for (int64_t at; (at = next.fetch_add(1, std::memory_order_relaxed)) < plan.pieces();) {
+        const AttentionPlan::Share& piece = plan.piece(at);
+        kernels_->attention(a, piece.piece, piece.whole < 0 ? nullptr : partials_.floats() + piece.partial, scratch);
+        if (piece.whole >= 0 && plan.last_of(piece.whole)) {
+          const AttentionPlan::Share& whole = plan.whole(piece.whole);
+          kernels_->attention_merge(a, whole.piece, partials_.floats() + whole.partial, scratch);
+        }
+      }
       break;
     }
     case Op::SiluMul:

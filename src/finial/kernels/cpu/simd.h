@@ -5,6 +5,8 @@
 //                product of every kernel keeps this order, which makes results independent of blocking and batching.
 //   PASS         how many of them a matrix block carries at a time; see matmul.cpp.
 //   load_n       the first n < W elements, the rest zero;  store_n  only the first n.
+//   load_bf16_pair  2 W elements, even ones to one vector, odd ones to the other: a shift and a mask, no shuffle.
+//   part, join   two vectors of neighbours to even and odd ones, and back.  sum_each  lane i is the sum of a[i].
 //   levels_q4    sixteen values d * (0 - 8) … d * (15 - 8);  pick  looks W of them up by nibble.
 //
 // Everything here is in the namespace of its instruction set, and kernels use no templates of the standard library: an
@@ -53,5 +55,13 @@ FINIAL_INLINE void keep_in_register(V& a) {
   (void)a;
 #endif
 }
+
+#if !defined(FINIAL_ISA_avx512)
+FINIAL_INLINE void load_bf16_pair_n(const uint8_t* p, int64_t n, V& even, V& odd) {
+  uint8_t whole[4 * W] = {};
+  std::memcpy(whole, p, static_cast<size_t>(2 * n));
+  load_bf16_pair(whole, even, odd);
+}
+#endif
 
 }  // namespace finial::FINIAL_ISA

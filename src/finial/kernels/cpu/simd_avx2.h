@@ -53,6 +53,34 @@ FINIAL_INLINE V load_bf16(const uint8_t* p) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
 }
+FINIAL_INLINE void load_bf16_pair(const uint8_t* p, V& even, V& odd) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  even = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+  odd = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
+}
+FINIAL_INLINE V sorted_pairs(V a) {  // quarters 0, 2, 1, 3
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), 0xD8));
+}
+FINIAL_INLINE void part(V a, V b, V& even, V& odd) {
+  even = sorted_pairs(_mm256_shuffle_ps(a, b, 0x88));
+  odd = sorted_pairs(_mm256_shuffle_ps(a, b, 0xDD));
+}
+FINIAL_INLINE void join(V even, V odd, V& a, V& b) {
+  const V x = _mm256_unpacklo_ps(even, odd), y = _mm256_unpackhi_ps(even, odd);
+  a = _mm256_permute2f128_ps(x, y, 0x20);
+  b = _mm256_permute2f128_ps(x, y, 0x31);
+}
+// Four vectors to one: half k of the result holds half k of each, summed.
+FINIAL_INLINE V sum_quarters(V a, V b, V c, V d) {
+  const V x = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  const V y = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+  const __m256d u = _mm256_castps_pd(x), v = _mm256_castps_pd(y);
+  return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(u, v)), _mm256_castpd_ps(_mm256_unpackhi_pd(u, v)));
+}
+FINIAL_INLINE V sum_each(const V (&a)[W]) {
+  const V x = sum_quarters(a[0], a[1], a[2], a[3]), y = sum_quarters(a[4], a[5], a[6], a[7]);
+  return _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+}
 FINIAL_INLINE V load_f16(const uint8_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }

@@ -37,6 +37,39 @@ FINIAL_INLINE V load_bf16(const uint8_t* p) {
   const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
+FINIAL_INLINE void split_bf16(__m512i x, V& even, V& odd) {
+  even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+  odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+}
+FINIAL_INLINE void load_bf16_pair(const uint8_t* p, V& even, V& odd) { split_bf16(_mm512_loadu_si512(p), even, odd); }
+FINIAL_INLINE void load_bf16_pair_n(const uint8_t* p, int64_t n, V& even, V& odd) {
+  split_bf16(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p), even, odd);
+}
+FINIAL_INLINE void part(V a, V b, V& even, V& odd) {
+  const __m512i at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  even = _mm512_permutex2var_ps(a, at, b);
+  odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(at, _mm512_set1_epi32(1)), b);
+}
+FINIAL_INLINE void join(V even, V odd, V& a, V& b) {
+  const __m512i at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  a = _mm512_permutex2var_ps(even, at, odd);
+  b = _mm512_permutex2var_ps(even, _mm512_add_epi32(at, _mm512_set1_epi32(8)), odd);
+}
+// Four vectors to one: quarter k of the result holds quarter k of each, summed.
+FINIAL_INLINE V sum_quarters(V a, V b, V c, V d) {
+  const V x = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const V y = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d u = _mm512_castps_pd(x), v = _mm512_castps_pd(y);
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(u, v)), _mm512_castpd_ps(_mm512_unpackhi_pd(u, v)));
+}
+FINIAL_INLINE V sum_halves(V a, V b) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+}
+FINIAL_INLINE V sum_each(const V (&a)[W]) {
+  const V x = sum_halves(sum_quarters(a[0], a[1], a[2], a[3]), sum_quarters(a[4], a[5], a[6], a[7]));
+  const V y = sum_halves(sum_quarters(a[8], a[9], a[10], a[11]), sum_quarters(a[12], a[13], a[14], a[15]));
+  return sum_halves(x, y);
+}
 FINIAL_INLINE V load_f16(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }

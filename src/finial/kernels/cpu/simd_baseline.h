@@ -157,6 +157,40 @@ FINIAL_INLINE V load_i8(const uint8_t* p) {
 }
 #endif
 
+#if defined(__GNUC__)
+FINIAL_INLINE void load_bf16_pair(const uint8_t* p, V& even, V& odd) {
+  Words x;
+  std::memcpy(&x, p, sizeof x);
+  even = (V)(x << 16);
+  odd = (V)(x & 0xFFFF0000u);
+}
+#else
+FINIAL_INLINE void load_bf16_pair(const uint8_t* p, V& even, V& odd) {
+  const V a = load_bf16(p), b = load_bf16(p + 2 * W);
+  for (int i = 0; i < W; ++i) {
+    even[i] = 2 * i < W ? a[2 * i] : b[2 * i - W];
+    odd[i] = 2 * i < W ? a[2 * i + 1] : b[2 * i + 1 - W];
+  }
+}
+#endif
+FINIAL_INLINE void part(V a, V b, V& even, V& odd) {
+  for (int i = 0; i < W; ++i) {
+    even[i] = 2 * i < W ? a[2 * i] : b[2 * i - W];
+    odd[i] = 2 * i < W ? a[2 * i + 1] : b[2 * i + 1 - W];
+  }
+}
+FINIAL_INLINE void join(V even, V odd, V& a, V& b) {
+  for (int i = 0; i < W; ++i) {
+    a[i] = i % 2 ? odd[i / 2] : even[i / 2];
+    b[i] = i % 2 ? odd[(i + W) / 2] : even[(i + W) / 2];
+  }
+}
+FINIAL_INLINE V sum_each(const V (&a)[W]) {
+  V y;
+  for (int i = 0; i < W; ++i) y[i] = sum(a[i]);
+  return y;
+}
+
 // Round to nearest even; a NaN stays a quiet NaN.
 FINIAL_INLINE void store_bf16(uint8_t* p, V a) {
   uint32_t bits[W];
