@@ -488,7 +488,7 @@ def test_info_of_the_demo(call: Call) -> None:
 def test_info_as_json(call: Call) -> None:
     told = json.loads(call("info", "demo", "--json")[1])
     assert told["config"]["architecture"] == "qwen3" and told["chat_template"]
-    assert told["kv_bytes_per_token"] == {"bf16": 3072, "f32": 6144}
+    assert told["kv_bytes_per_token"] == {"bf16": 3072, "f32": 6144, "q8_0": 1632}
     sizes = {row["format"]: row["weight_bytes"] for row in told["formats"]}
     with LLM("demo", format="q4_0") as small, LLM("demo", format="f32") as large:
         assert sizes["q4_0"] == small.info.weight_bytes and sizes["f32"] == large.info.weight_bytes

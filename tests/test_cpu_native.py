@@ -151,6 +151,37 @@ def test_cache_rounds_to_nearest_even(isa: str) -> None:
 
 
 @on_every_isa
+def test_q8_0_cache_is_rounded_as_the_format_says(isa: str) -> None:
+    """As above: halves away from zero, scales that are subnormal or nothing in f16, the largest there are."""
+    values = normal(64, 64)
+    values[:8] = np.round(values[:8] * 40) / 2  # with an extreme of 127: integers and halves, all of them ties
+    values[:8, ::32] = 127
+    values[8:16] *= np.logspace(-12, 6, 8, dtype=np.float32)[:, None]
+    values[16:20] *= np.float32(1e-38)
+    values[20, :32] = 0
+    values[21, 5] = 65504.0 * 127
+    values[22:40] *= np.logspace(-6.5, -4, 18, dtype=np.float32)[:, None]
+    graph = Graph("one")
+    q, k, value = (graph.input(name, ("T", 64)) for name in "qkv")
+    shapes = {"positions": ("T",), "starts": ("B1",), "lengths": ("B",), "pages": ("B", "P"), "slots": ("T",)}
+    step = {name: graph.input(name, shape, "i32") for name, shape in shapes.items()}
+    cache = graph.apply("cache_write", graph.state("kv", ("S", 2, 2, 32), "q8_0"), k, value, step["slots"])
+    where = [step[name] for name in ("positions", "starts", "lengths", "pages")]
+    graph.output(graph.apply("attention", q, cache, *where, head_dim=32, num_kv_heads=2, scale=1.0, window=1))
+    program = CpuBackend(1, isa).compile(graph, {})
+    at = np.arange(64, dtype=np.int32)
+    feeds = {"q": normal(64, 64), "k": normal(64, 64), "v": values, "positions": at, "slots": at}
+    feeds |= {"starts": np.array([0, 64]), "lengths": np.array([64]), "pages": np.array([[0]])}
+    feeds = {name: a if a.dtype == np.float32 else a.astype(np.int32) for name, a in feeds.items()}
+    got = program.run(feeds, program.new_state(1, 64))[0]
+    assert np.array_equal(bits(got + 0.0), bits(Tensor.from_array(values, "q8_0").decode() + np.float32(0)))
+    feeds["v"] = values.copy()
+    feeds["v"][3, 40], feeds["v"][7, 2] = np.nan, np.inf
+    got = program.run(feeds, program.new_state(1, 64))[0]
+    assert np.isnan(got[3, 32:]).all() and np.isnan(got[7, :32]).all() and np.isfinite(got[3, :32]).all()
+
+
+@on_every_isa
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("n_in", [256, 768, 2049])
 def test_a_row_of_linear_is_the_same_in_any_company(isa: str, format: str, n_in: int) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from finial.config import ModelConfig, Rope
 from finial.cost import kv_bytes_per_token, step_bytes, step_flops
+from finial.errors import ModelError
 from finial.formats import Tensor
 from finial.graph import OPS, Graph, GraphError, single_step
-from finial.models.decoder import build_graph, constants
+from finial.models.decoder import build_graph, constants, kv_dtypes
 from finial.names import parameter_count, weight_shapes
 
 CONFIG = ModelConfig(
@@ -83,6 +86,14 @@ def test_states_are_followed_through_their_versions() -> None:
     assert [graph.state_of(node.inputs[1]).name for node in attention] == ["kv.0", "kv.1"]
     assert [node.attrs["window"] for node in attention] == [None, 16]
     assert not graph.is_state("logits")
+
+
+def test_cache_formats_fit_the_head() -> None:
+    assert kv_dtypes(CONFIG) == ("bf16", "f32")
+    with pytest.raises(ModelError, match=r"q8_0 takes a head_dim of whole blocks of 32, this model's is 8"):
+        build_graph(CONFIG, "q8_0")
+    wide = dataclasses.replace(CONFIG, head_dim=64)
+    assert kv_bytes_per_token(build_graph(wide, "q8_0")) * 32 == kv_bytes_per_token(build_graph(wide, "bf16")) * 17
 
 
 def test_costs_are_those_of_the_shape() -> None:

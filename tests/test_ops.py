@@ -263,7 +263,35 @@ CASES = [
     attention([[150, 33]], 4, 4, 16, "f32", window=32),
     attention([[90], [1], [1]], 4, 2, 32, "bf16", window=7, page_size=5),
     attention([[700], [1]], 2, 1, 64, "bf16", page_size=64),
+    # every head_dim and group size, with 1 to 33 rows, odd lengths, and the three cache formats in turn
+    *(
+        attention(
+            [[19 + group, 5], [rows, 1]],
+            group * kv,
+            kv,
+            dim,
+            ("bf16", "f32", "q8_0")[at % 3],
+            page_size=(16, 5, 1)[at % 3],
+        )
+        for at, (group, kv, dim, rows) in enumerate(
+            (group, 1 + group % 2, dim, rows)
+            for group, rows in zip(range(1, 9), (1, 2, 3, 7, 8, 17, 32, 33), strict=True)
+            for dim in (64, 96, 128, 256)
+        )
+    ),
+    *(attention([[33, 4]], group, 1, 80, "bf16", page_size=7) for group in (1, 2, 3, 4, 5)),
+    *(attention([[21]], group, 1, dim, "f32") for group in (1, 2, 5) for dim in (2, 6, 20, 40)),
+    *(attention([[21]], group, 1, dim, "bf16") for group in (1, 2, 5) for dim in (2, 6, 20, 40)),
+    # several chunks of positions
+    *(
+        attention([[300, 9], [257, 1], [3, 1]], heads, 2, 64, dtype, window, page_size)
+        for heads in (2, 4, 6)
+        for dtype in ("f32", "bf16", "q8_0")
+        for window, page_size in ((None, 32), (100, 3), (301, 64))
+    ),
+    *(attention([[n], [1]], 4, 2, 32, "bf16", page_size=32) for n in (254, 255, 256, 257, 511, 512, 1025)),
 ]
+SPLIT = [case for case in CASES if case.name.startswith("attention") and case.pages * case.page_size > 256]
 
 
 def run(backend: str, case: Case, threads: int | None = None) -> np.ndarray:
@@ -289,7 +317,7 @@ def test_op(backend: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("backend", OTHERS)
-@pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES[::3] + SPLIT, ids=lambda case: case.name)
 def test_thread_count_changes_no_bit(backend: str, case: Case) -> None:
     one = run(backend, case, threads=1)
     for threads in (2, 3):

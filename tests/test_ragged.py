@@ -16,11 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import models
+from finial import _native
 from finial.backends import BACKENDS
+from finial.backends.cpu import CpuBackend
 from finial.config import ModelConfig
 from finial.executor import Executable, compile_graph
 from finial.formats import Tensor
-from finial.graph import Step
+from finial.graph import Graph, Step
 from finial.models.decoder import build_graph, constants
 
 NAMES = ("qwen3", "mistral-window", "qwen2-window")
@@ -129,3 +131,84 @@ def test_any_schedule_gives_the_logits_of_a_row_alone(
                 assert np.abs(got - want).max() < 1e-4 * want.std()
             else:
                 assert np.array_equal(got.view(np.uint32), want.view(np.uint32))
+
+
+# --- attention alone, over several chunks of positions ----------------------------------------------------------------
+
+LENGTH, SHORT = 640, 300
+SHAPES = [  # heads, kv heads, head_dim, cache format, window
+    (2, 1, 64, "bf16", None),
+    (4, 4, 16, "bf16", None),
+    (3, 1, 80, "bf16", 290),
+    (5, 1, 128, "q8_0", None),
+    (8, 2, 32, "f32", 70),
+    (6, 1, 96, "q8_0", 400),
+]
+
+
+def attend(
+    shape: tuple[int, int, int, str, int | None],
+    isa: str,
+    threads: int,
+    page_size: int,
+    takes: list[list[int]],
+    order: int,
+) -> np.ndarray:
+    """Rows of two sequences of LENGTH and SHORT positions, [LENGTH + SHORT, heads * head_dim], computed as told."""
+    heads, kv_heads, head_dim, dtype, window = shape
+    graph = Graph("attention")
+    where = {"positions": ("T",), "starts": ("B1",), "lengths": ("B",), "pages": ("B", "P"), "slots": ("T",)}
+    inputs = {name: graph.input(name, dims, "i32") for name, dims in where.items()}
+    q, k, v = (graph.input(name, ("T", n * head_dim)) for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads)))
+    cache = graph.apply("cache_write", graph.state("kv", ("S", 2, kv_heads, head_dim), dtype), k, v, inputs["slots"])
+    attrs = {"head_dim": head_dim, "num_kv_heads": kv_heads, "scale": head_dim**-0.5, "window": window}
+    graph.output(graph.apply("attention", q, cache, *list(inputs.values())[:4], **attrs))
+    program = CpuBackend(threads, isa).compile(graph, {})
+    rng = np.random.default_rng(1)
+    data = {name: rng.standard_normal((LENGTH + SHORT, n * head_dim), np.float32)
+            for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))}  # fmt: skip
+    per = -(-LENGTH // page_size)
+    pages = np.random.default_rng(order).permutation(2 * per).reshape(2, per)
+    state = program.new_state(2 * per, page_size)
+    out, done = np.empty((LENGTH + SHORT, heads * head_dim), np.float32), [0, 0]
+    for take in takes:
+        spans = [np.arange(begin, begin + rows) for begin, rows in zip(done, take, strict=True)]
+        done = [begin + rows for begin, rows in zip(done, take, strict=True)]
+        rows = np.concatenate([spans[0], spans[1] + LENGTH])
+        slots = np.concatenate([pages[b, at // page_size] * page_size + at % page_size for b, at in enumerate(spans)])
+        feeds = {"positions": np.concatenate(spans), "starts": np.cumsum([0, *take]), "lengths": np.array(done),
+                 "pages": pages, "slots": slots}  # fmt: skip
+        feeds = {name: array.astype(np.int32) for name, array in feeds.items()}
+        out[rows] = program.run(feeds | {name: array[rows] for name, array in data.items()}, state)[0]
+    return out
+
+
+@functools.cache
+def at_once(shape: tuple[int, int, int, str, int | None], isa: str) -> np.ndarray:
+    return attend(shape, isa, 1, LENGTH, [[LENGTH, SHORT]], 0)
+
+
+@pytest.mark.parametrize("isa", _native.isas_available())
+@pytest.mark.parametrize("shape", SHAPES)
+@settings(max_examples=4, deadline=None)
+@given(
+    cuts=st.lists(st.tuples(st.integers(0, LENGTH), st.integers(0, SHORT)), max_size=4),
+    singles=st.integers(0, 3),
+    page_size=st.sampled_from([1, 5, 32, 256]),
+    threads=st.integers(1, 5),
+    order=st.integers(0, 100),
+)
+def test_long_attention_is_the_same_however_it_is_shared_out(
+    shape: tuple[int, int, int, str, int | None],
+    isa: str,
+    cuts: list[tuple[int, int]],
+    singles: int,
+    page_size: int,
+    threads: int,
+    order: int,
+) -> None:
+    ends = [sorted([0, *column, *range(length - singles, length), length])
+            for column, length in zip(zip(*cuts, strict=True) if cuts else ((), ()), (LENGTH, SHORT), strict=True)]  # fmt: skip
+    takes = [[int(n) for n in pair] for pair in zip(*(np.diff(column) for column in ends), strict=True)]
+    got = attend(shape, isa, threads, page_size, [take for take in takes if any(take)], order)
+    assert np.array_equal(got.view(np.uint32), at_once(shape, isa).view(np.uint32))

@@ -28,7 +28,7 @@ Shape = tuple[Dim, ...]
 Attr = int | float | str | bool | None
 
 KINDS = ("input", "weight", "state", "temp")
-DTYPES = ("f32", "bf16", "i32")
+DTYPES = ("f32", "bf16", "q8_0", "i32")  # q8_0: caches only, in blocks of 32 along head_dim
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,8 @@ def _cache_write(inputs: Sequence[Value], attrs: Mapping[str, Attr]) -> tuple[Sh
         f"{keys} does not fit {cache}",
     )
     _need(keys.shape == values.shape, f"{keys} and {values} differ")
+    if cache.dtype == "q8_0":
+        _multiple(head_dim, 32, "cache_write to q8_0")
     _vector(slots, rows, "i32")
     return cache.shape, cache.dtype
 

@@ -83,7 +83,7 @@ class LLM:
         threads: of the cpu backend; None: its choice.
         max_context: positions of one sequence, prompt and generated together.  None: the model's own limit, or
             what a quarter of the free memory holds when that is less.
-        kv_format: what keys and values are rounded to, "bf16" or "f32".
+        kv_format: what keys and values are rounded to, "bf16", "f32" or "q8_0".
         cache: False recomputes the whole sequence for each token, to see what the cache is worth.
         prefix_reuse: take the beginning of a prompt from the cache where an earlier sequence left it.
         max_batch: sequences computed side by side.

@@ -20,7 +20,7 @@ from finial.errors import FileError, ModelError
 from finial.files.checkpoint import Checkpoint
 from finial.formats import get_format
 from finial.machine import Sources, probe_memory
-from finial.models.decoder import KV_DTYPES, build_graph
+from finial.models.decoder import build_graph, kv_dtypes
 
 OFFERED = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
@@ -73,7 +73,7 @@ def gather(model: str, checkpoint: Checkpoint) -> Facts:
     for name, shape in layout.values():
         tensors, nbytes = stored.get(name, (0, 0))
         stored[name] = (tensors + 1, nbytes + get_format(name).nbytes(shape))
-    cache = {dtype: kv_bytes_per_token(build_graph(config, dtype)) for dtype in KV_DTYPES}
+    cache = {dtype: kv_bytes_per_token(build_graph(config, dtype)) for dtype in kv_dtypes(config)}
     free = probe_memory(Sources()).available_bytes
     matrices = {name for name, shape in layout.values() if len(shape) == 2}
     offered = [*OFFERED, *sorted(matrices - set(OFFERED))]

@@ -60,7 +60,7 @@ MaxContext = Annotated[
     int | None,
     typer.Option(min=1, help="Positions of prompt and text (default: the model's).", rich_help_panel=_RUNNING),
 ]
-KvFormat = Annotated[str, typer.Option(help="KV cache format: bf16 or f32.", rich_help_panel=_RUNNING)]
+KvFormat = Annotated[str, typer.Option(help="KV cache format: bf16, f32 or q8_0.", rich_help_panel=_RUNNING)]
 
 # name of an option -> what it reads as in a line for people
 _LABELS = {

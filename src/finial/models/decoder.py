@@ -16,22 +16,34 @@ import numpy as np
 from finial import names
 from finial.config import ModelConfig
 from finial.errors import ModelError
+from finial.formats import get_format
 from finial.graph import STEP_INPUTS, Graph, Value
 
 ROPE_FREQUENCIES = "rope.frequencies"
-KV_DTYPES = ("bf16", "f32")
+KV_DTYPES = ("bf16", "f32", "q8_0")
+
+
+def kv_dtypes(config: ModelConfig) -> tuple[str, ...]:
+    """The cache formats that this model can have: q8_0 takes whole blocks along head_dim."""
+    return tuple(dtype for dtype in KV_DTYPES if config.head_dim % get_format(dtype).block == 0)
 
 
 def build_graph(config: ModelConfig, kv_dtype: str = "bf16") -> Graph:
     """One step of the model: inputs of `Step`, output `logits` f32 [R, vocab_size].
 
     Args:
-        kv_dtype: what keys and values are rounded to when cached, "bf16" or "f32".
+        kv_dtype: what keys and values are rounded to when cached, "bf16", "f32" or "q8_0".
     Raises:
-        ModelError: another kv_dtype.
+        ModelError: another kv_dtype, or one that does not fit head_dim.
     """
     if kv_dtype not in KV_DTYPES:
         raise ModelError(f"KV cache format is {kv_dtype!r}", fix=f"choose one of {', '.join(KV_DTYPES)}")
+    if kv_dtype not in kv_dtypes(config):
+        raise ModelError(
+            f"KV cache format {kv_dtype} takes a head_dim of whole blocks of {get_format(kv_dtype).block}, "
+            f"this model's is {config.head_dim}",
+            fix=f"choose one of {', '.join(kv_dtypes(config))}",
+        )
     graph = Graph(config.architecture)
     step = {name: graph.input(name, shape, "i32") for name, shape in STEP_INPUTS.items()}
     frequencies = graph.weight(ROPE_FREQUENCIES, (config.head_dim // 2,))

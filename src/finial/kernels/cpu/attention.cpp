@@ -26,9 +26,9 @@ namespace {
 
 constexpr int64_t CHUNK_LENGTH = ATTENTION_CHUNK;
 constexpr int64_t BLOCK = 64;
-constexpr int64_t STEP = 2 * W;               // elements that a pair of vectors holds
-constexpr int QUERIES = W >= 16 ? 4 : 2;      // as many as accumulators fit the registers
-constexpr int SLICE = W >= 16 ? 4 : 2;        // pairs of value vectors that one query carries
+constexpr int64_t STEP = 2 * W;           // elements that a pair of vectors holds
+constexpr int QUERIES = W >= 16 ? 4 : 2;  // as many as accumulators fit the registers
+constexpr int SLICE = W >= 16 ? 4 : 2;    // pairs of value vectors that one query carries
 constexpr int64_t POINTERS = CHUNK_LENGTH * 2 * static_cast<int64_t>(sizeof(const uint8_t*) / sizeof(float));
 
 int64_t padded(int64_t n) { return (n + STEP - 1) / STEP * STEP; }
@@ -80,6 +80,29 @@ struct RowQ8_0 {  // blocks of 32: f16 d, int8 q[32]; d q is exact in float32. R
   FINIAL_INLINE void restore(float*) {}
 };
 
+// Elements [d, d + STEP) of Q queries' dot products with W / Q keys; of the first n - d of them if PART.
+template <class Row, int Q, bool PART>
+FINIAL_INLINE void dot_step(const float* q, int64_t stride, const uint8_t* const* keys, int64_t d, int64_t n,
+                            V (&acc)[W]) {
+  constexpr int KEYS = W / Q;
+  V first[Q], second[Q];
+#pragma GCC unroll 4
+  for (int j = 0; j < Q; ++j) {
+    first[j] = load(q + j * stride + d), second[j] = load(q + j * stride + d + W);
+    keep_in_register(first[j]), keep_in_register(second[j]);
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < KEYS; ++k) {
+    V a, b;
+    if (PART) Row::pair_n(keys[k], d, n - d, a, b);
+    if (!PART) Row::pair(keys[k], d, a, b);
+#pragma GCC unroll 4
+    for (int j = 0; j < Q; ++j) acc[j * KEYS + k] = fma(first[j], a, acc[j * KEYS + k]);
+#pragma GCC unroll 4
+    for (int j = 0; j < Q; ++j) acc[j * KEYS + k] = fma(second[j], b, acc[j * KEYS + k]);
+  }
+}
+
 // scores[j][k] = scale * q[j] . keys[k] for Q queries and W / Q keys.
 template <class Row, int Q>
 void dots(const float* q, int64_t stride, const uint8_t* const* keys, int64_t n, V scale, float* scores) {
@@ -87,26 +110,9 @@ void dots(const float* q, int64_t stride, const uint8_t* const* keys, int64_t n,
   V acc[W];
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) acc[i] = zero();
-  const auto step = [&](int64_t d, auto pair) {
-    V first[Q], second[Q];
-#pragma GCC unroll 4
-    for (int j = 0; j < Q; ++j) {
-      first[j] = load(q + j * stride + d), second[j] = load(q + j * stride + d + W);
-      keep_in_register(first[j]), keep_in_register(second[j]);
-    }
-#pragma GCC unroll 16
-    for (int k = 0; k < KEYS; ++k) {
-      V a, b;
-      pair(keys[k], a, b);
-#pragma GCC unroll 4
-      for (int j = 0; j < Q; ++j) acc[j * KEYS + k] = fma(first[j], a, acc[j * KEYS + k]);
-#pragma GCC unroll 4
-      for (int j = 0; j < Q; ++j) acc[j * KEYS + k] = fma(second[j], b, acc[j * KEYS + k]);
-    }
-  };
   int64_t d = 0;
-  for (; d + STEP <= n; d += STEP) step(d, [d](const uint8_t* row, V& a, V& b) { Row::pair(row, d, a, b); });
-  if (d < n) step(d, [d, n](const uint8_t* row, V& a, V& b) { Row::pair_n(row, d, n - d, a, b); });
+  for (; d + STEP <= n; d += STEP) dot_step<Row, Q, false>(q, stride, keys, d, n, acc);
+  if (d < n) dot_step<Row, Q, true>(q, stride, keys, d, n, acc);
   float each[W];
   store(each, mul(sum_each(acc), scale));
   for (int j = 0; j < Q; ++j) std::memcpy(scores + j * CHUNK_LENGTH, each + j * KEYS, KEYS * sizeof(float));
@@ -263,12 +269,12 @@ void score_block(const float* q, int64_t stride, const uint8_t* const* keys, int
 template <class Row>
 void piece_of(const Attention& a, const AttentionPiece& piece, float* partial, float* scratch) {
   const int64_t n = a.cache.head_dim, stride = padded(n), queries = piece.rows * a.group;
-  const uint8_t** keys = reinterpret_cast<const uint8_t**>(scratch);  // [CHUNK_LENGTH]
-  const uint8_t** values = keys + CHUNK_LENGTH;                       // [CHUNK_LENGTH]
-  float* q = scratch + POINTERS;                                      // [queries, stride]
-  float* sums = q + queries * stride;                                 // [queries, stride]
-  float* added = sums + queries * stride;                             // [queries, stride]
-  float* scores = added + queries * stride;                           // [queries, CHUNK_LENGTH]
+  const uint8_t** keys = reinterpret_cast<const uint8_t**>(scratch);             // [CHUNK_LENGTH]
+  const uint8_t** values = keys + CHUNK_LENGTH;                                  // [CHUNK_LENGTH]
+  float* q = scratch + POINTERS;                                                 // [queries, stride]
+  float* sums = q + queries * stride;                                            // [queries, stride]
+  float* added = sums + queries * stride;                                        // [queries, stride]
+  float* scores = added + queries * stride;                                      // [queries, CHUNK_LENGTH]
   Softmax* state = reinterpret_cast<Softmax*>(scores + queries * CHUNK_LENGTH);  // [queries]
   Softmax* fresh = state + queries;                                              // [queries]
   Span* spans = reinterpret_cast<Span*>(fresh + queries);                        // [queries]
@@ -327,8 +333,7 @@ void piece_of(const Attention& a, const AttentionPiece& piece, float* partial, f
             weigh_spans<Row, QUERIES>(scores + j * CHUNK_LENGTH, values, spans + j, block, end, n, targets + j);
         for (; j + 2 <= queries; j += 2)
           weigh_spans<Row, 2>(scores + j * CHUNK_LENGTH, values, spans + j, block, end, n, targets + j);
-        if (j < queries)
-          weigh_spans<Row, 1>(scores + j * CHUNK_LENGTH, values, spans + j, block, end, n, targets + j);
+        if (j < queries) weigh_spans<Row, 1>(scores + j * CHUNK_LENGTH, values, spans + j, block, end, n, targets + j);
       }
     }
     for (int64_t j = 0; j < queries; ++j) {

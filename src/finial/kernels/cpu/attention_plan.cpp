@@ -40,8 +40,8 @@ void AttentionPlan::build(const int32_t* positions, const int32_t* starts, int64
       for (int64_t part = 0; part < parts; ++part) {
         AttentionPiece piece = tile;
         piece.begin = tile.begin + chunks * part / parts, piece.end = tile.begin + chunks * (part + 1) / parts;
-        pieces_.push_back({piece, static_cast<int64_t>(wholes_.size()),
-                           partial_floats_ + (piece.begin - tile.begin) * floats});
+        pieces_.push_back(
+            {piece, static_cast<int64_t>(wholes_.size()), partial_floats_ + (piece.begin - tile.begin) * floats});
       }
       wholes_.push_back({tile, -1, partial_floats_});
       parts_.push_back(parts);

@@ -68,7 +68,8 @@ int Program::int_input(std::string name) {
 
 int Program::cache(CacheSpec spec) {
   require(spec.kv_heads >= 1 && spec.head_dim >= 1, "cache: kv_heads and head_dim must be at least 1");
-  require(spec.type != CacheType::Q8_0 || spec.head_dim % 32 == 0, "cache: q8_0 takes a head_dim of whole blocks of 32");
+  require(spec.type != CacheType::Q8_0 || spec.head_dim % 32 == 0,
+          "cache: q8_0 takes a head_dim of whole blocks of 32");
   caches_.push_back(spec);
   return static_cast<int>(caches_.size()) - 1;
 }

@@ -261,8 +261,8 @@ void Program::execute(const Instruction& i, const Step& step, int thread) {
       const Range part = share(step.rows(spec(i.a)) * cache.kv_heads, thread, threads);
       for (int64_t h = part.begin; h < part.end; ++h) {
         const int64_t slot = step.input(i.ints[0]).data[h / cache.kv_heads];
-        uint8_t* keys = cache.keys(slot / cache.page_size, h % cache.kv_heads) +
-                        slot % cache.page_size * cache.row_bytes();
+        uint8_t* keys =
+            cache.keys(slot / cache.page_size, h % cache.kv_heads) + slot % cache.page_size * cache.row_bytes();
         kernels_->store(cache.type, at(i.a) + h * cache.head_dim, keys, cache.head_dim);
         kernels_->store(cache.type, at(i.b) + h * cache.head_dim, keys + cache.run_bytes(), cache.head_dim);
       }
