@@ -1,9 +1,9 @@
 """Decode and prefill attention of the cpu backend against the machine's read bandwidth, by depth.
 
-Attentions of Qwen3-0.6B's shape by default, one after another on caches of their own as the layers of a model are: up
-to 28, or as many as are larger together than any CPU cache.  (Shallow caches fit a CPU cache even so: there the share of
-read bandwidth passes 100 %, and the time in microseconds is what counts.)  Read bandwidth is measured before and after
-each cell, and the cell reports its share of the better of the two.
+Attentions of Qwen3-0.6B's shape by default, one after another on caches of their own as the layers of a model
+are: up to 28, or as many as are larger together than any CPU cache.  (Shallow caches fit a CPU cache even so: there
+the share of read bandwidth passes 100 %, and the time in microseconds is what counts.)  Read bandwidth is measured
+before and after each cell, and the cell reports its share of the better of the two.
 
     python -m benchmarks.attention --kv bf16 --threads 2 --save benchmarks/results/attention.json
 """

@@ -207,8 +207,11 @@ def test_long_attention_is_the_same_however_it_is_shared_out(
     threads: int,
     order: int,
 ) -> None:
-    ends = [sorted([0, *column, *range(length - singles, length), length])
-            for column, length in zip(zip(*cuts, strict=True) if cuts else ((), ()), (LENGTH, SHORT), strict=True)]  # fmt: skip
+    columns = zip(*cuts, strict=True) if cuts else ((), ())
+    ends = [
+        sorted([0, *column, *range(length - singles, length), length])
+        for column, length in zip(columns, (LENGTH, SHORT), strict=True)
+    ]
     takes = [[int(n) for n in pair] for pair in zip(*(np.diff(column) for column in ends), strict=True)]
     got = attend(shape, isa, threads, page_size, [take for take in takes if any(take)], order)
     assert np.array_equal(got.view(np.uint32), at_once(shape, isa).view(np.uint32))
