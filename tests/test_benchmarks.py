@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -17,6 +18,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.cpu import runner
 from benchmarks.cpu.engines import ENGINES, Engine, Places, make_command
 from benchmarks.cpu.estimate import estimate
 from benchmarks.cpu.limits import Floor, peak_for
@@ -100,9 +102,9 @@ def run(fake: Any, engines: list[Engine], workloads: tuple[Workload, ...], start
         machine=describe().to_dict(),
     )
     group = Group("demo", "stored", 2, workloads, starts)
-    runner = Runner(record, fake.places, engines, FakeProbe(), lambda text: None)
-    runner.group(group)
-    runner.verdict(group)
+    measuring = Runner(record, fake.places, engines, FakeProbe(), lambda text: None)
+    measuring.group(group)
+    measuring.verdict(group)
     return record
 
 
@@ -275,6 +277,22 @@ def test_a_foreign_record_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text('{"schema": 99}')
     with pytest.raises(ValueError, match="99"):
         Record.open(tmp_path / "r.json")
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="reads processor times from /proc")
+def test_a_disturbed_sample_is_measured_again(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([0.9, 0.0, 0.9, 0.9, 0.9, *[0.0] * 99])  # the warm-up, one retried round, ... the rest quiet
+    monkeypatch.setattr(runner, "_others", lambda start, end: next(readings))
+    record = run(fake, [fake("finial")], (replace(DECODE, rounds=2),))
+    samples = record.cells["demo/stored/2/decode"]["engines"]["finial"]["samples"]
+    assert [(s["round"], s["others"]) for s in samples] == [(0, 0.0), (1, 0.9)]
+    assert "During 1 of 2 samples" in render(record.data)
+
+
+def test_others_are_what_the_engine_did_not_take() -> None:
+    cores = os.cpu_count() or 1
+    assert runner._others((0.0, 10.0, 5.0), (1.0, 10.5, 5.25)) == pytest.approx(0.25 / cores)
+    assert runner._others((0.0, None, 5.0), (1.0, None, 5.25)) is None
 
 
 # --- limits ------------------------------------------------------------------------------------------------------

@@ -55,20 +55,21 @@ class Probe:
         return round(best, 1) if best > 0 else None
 
 
-def busy(seconds: float = 0.5) -> float | None:
-    """Share of all processors' time that something took while this process slept; None where nobody says."""
-
-    def read() -> tuple[int, int]:
-        fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        return sum(fields), fields[3] + fields[4]  # proc_pid_stat(5): idle and iowait are the fourth and fifth
-
+def taken_seconds() -> float | None:
+    """Processor time that anything has taken since the machine started, the hypervisor's included; None: unknown."""
     try:
-        total, idle = read()
-        time.sleep(seconds)
-        total_after, idle_after = read()
+        fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     except (OSError, ValueError):
         return None
-    return 1 - (idle_after - idle) / max(1, total_after - total)
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")  # proc_stat(5): idle and iowait
+
+
+def busy(seconds: float = 0.5) -> float | None:
+    """Share of all processors' time that something took while this process slept; None where nobody says."""
+    before = taken_seconds()
+    time.sleep(seconds)
+    after = taken_seconds()
+    return None if before is None or after is None else (after - before) / seconds / (os.cpu_count() or 1)
 
 
 def _cpus() -> list[int]:

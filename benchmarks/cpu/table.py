@@ -12,6 +12,7 @@ from statistics import median as middle
 from typing import Any
 
 from benchmarks.cpu.limits import Floor, peak_for
+from benchmarks.cpu.runner import DISTURBED
 from benchmarks.cpu.statistics import Ratio, median, paired_ratio, spread
 
 OURS = "finial"
@@ -85,6 +86,19 @@ def _head(data: dict[str, Any]) -> Iterator[str]:
     busy = data["busy"]
     if busy is not None and busy > 0.05:
         yield f"\n**The machine was busy: {busy:.0%} of its processors' time was taken before the run began.**"
+    found = [
+        s["others"]
+        for cell in data["cells"].values()
+        for row in cell["engines"].values()
+        for s in row["samples"]
+        if s.get("others") is not None
+    ]
+    disturbed = sum(others > DISTURBED for others in found)
+    if disturbed:
+        yield (
+            f"\n**During {disturbed} of {len(found)} samples something else took more than {DISTURBED:.0%} of the "
+            f"machine (median {middle(found):.0%}, most {max(found):.0%}), although each was measured again.**"
+        )
     yield ""
     probes: dict[int, list[dict[str, Any]]] = {}
     for cell in data["cells"].values():

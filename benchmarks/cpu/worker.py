@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 QUIT_S = 10.0
@@ -74,6 +75,14 @@ class Worker:
         if not reply.pop("ok"):
             raise WorkerError(str(reply["error"]))
         return reply
+
+    def processor_seconds(self) -> float | None:
+        """Processor time of all its threads so far; None where nobody says."""
+        try:
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except (OSError, IndexError):
+            return None
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # proc_pid_stat(5): utime, stime
 
     @property
     def alive(self) -> bool:
