@@ -42,7 +42,7 @@ OWNERS = {
     "gguf": set(),
     "typer": {"finial.cli"},
     "rich": {"finial.cli"},
-    "huggingface_hub": {"finial.files.hub"},
+    "huggingface_hub": {"finial.files.hub", "finial.files.hub_download"},
     "tokenizers": {"finial.files"},
     "jinja2": {"finial.files"},
 }
