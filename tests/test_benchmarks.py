@@ -281,7 +281,9 @@ def test_a_foreign_record_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="reads processor times from /proc")
 def test_a_disturbed_sample_is_measured_again(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    readings = iter([0.9, 0.0, 0.9, 0.9, 0.9, *[0.0] * 99])  # the warm-up, one retried round, ... the rest quiet
+    readings = iter(
+        [0.9, 0.9, 0.0, 0.9, 0.0]
+    )  # the warm-up; a first round that is tried again; no tries left for the second
     monkeypatch.setattr(runner, "_others", lambda start, end: next(readings))
     record = run(fake, [fake("finial")], (replace(DECODE, rounds=2),))
     samples = record.cells["demo/stored/2/decode"]["engines"]["finial"]["samples"]
