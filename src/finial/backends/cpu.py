@@ -1,7 +1,8 @@
 """The native CPU backend: a graph lowered once to a flat program, then one native call per step.
 
-Weights stay in their stored format where they are (usually a memory map).  Activations, accumulation and softmax are
-float32.  A row's result is bit-equal whatever shares its step, however it was chunked, wherever its pages lie and
+Weights keep their stored precision: repacked once into the order in which products read them, or used where they are
+(usually a memory map).  The residual stream, accumulation and softmax are float32; the input of a packed `linear` is
+rounded first, see `CpuBackend.activation_precision`.  A row's result is bit-equal whatever shares its step, however it was chunked, wherever its pages lie and
 however many threads there are, within one instruction set.  Knows nothing of models and files.
 
     program = create(threads=None).compile(graph, weights)
@@ -10,12 +11,14 @@ however many threads there are, within one instruction set.  Knows nothing of mo
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finial.backends.cpu_plan import Products, plan
 from finial.errors import BackendError
 from finial.formats import Tensor
 from finial.graph import Dim, Graph, Node, Value
@@ -118,24 +121,30 @@ class CpuProgram:
             self._buffers[value.name] = native.output(self._dimension(value), _width(value))
         self._caches = {value.name: native.cache(*_heads(value), value.dtype) for value in graph.of_kind("state")}
         current = {name: name for name in self._caches}  # state -> its newest version; older ones are overwritten
-        last = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
+        work = plan(graph, self._rounding)
+        last = {name: index for index, item in enumerate(work) for name in item.inputs}
         slots, held = _Slots(), dict[str, int]()
-        for index, node in enumerate(graph.nodes):
-            for name in node.inputs:
-                assert name not in self._caches or name in current.values(), f"{node}: {name} was overwritten before"
-            (output,) = node.outputs
-            if node.op == "cache_write":
-                self._caches[output] = self._caches[node.inputs[0]]
-                state = graph.state_of(output).name
-                current[state] = output
-            elif output not in self._buffers:
-                value = graph.values[output]
-                held[output] = slots.take(value)
-                self._buffers[output] = native.buffer(self._dimension(value), _width(value), held[output])
-            _EMIT[node.op](self, node)
-            for name in {*node.inputs, output} & held.keys():
+        for index, item in enumerate(work):
+            for name in item.inputs:
+                assert name not in self._caches or name in current.values(), f"{item}: {name} was overwritten before"
+            for output in item.outputs:
+                if isinstance(item, Node) and item.op == "cache_write":
+                    self._caches[output] = self._caches[item.inputs[0]]
+                    current[graph.state_of(output).name] = output
+                elif output not in self._buffers:
+                    value = graph.values[output]
+                    held[output] = slots.take(value)
+                    self._buffers[output] = native.buffer(self._dimension(value), _width(value), held[output])
+            if isinstance(item, Products):
+                self._products(item)
+            else:
+                _EMIT[item.op](self, item)
+            for name in {*item.inputs, *item.outputs} & held.keys():
                 if last.get(name, index) == index:
                     slots.give(graph.values[name], held.pop(name))
+
+    def _rounding(self, weight: str) -> str:
+        return _native.activations(self._weights[weight].format, self.isa)
 
     def _dimension(self, value: Value) -> int:
         rows = value.shape[0]
@@ -158,10 +167,27 @@ class CpuProgram:
         tokens, weight = node.inputs
         self._native.embed(self._buffers[node.outputs[0]], self._int_ids[tokens], *self._matrix(weight))
 
-    def _linear(self, node: Node) -> None:
-        x, weight, *bias = node.inputs
+    def _weight(self, node: Node) -> int:
+        """The index of a linear's matrix, packed by now."""
+        _, weight, *bias = node.inputs
         vector = self._vector(bias[0]) if bias else None
-        self._native.linear(self._buffers[node.outputs[0]], self._buffers[x], *self._matrix(weight), vector)
+        return self._native.weight(*self._matrix(weight), vector, is_mapped(self._weights[weight].data))
+
+    def _products(self, item: Products) -> None:
+        members = [
+            (
+                self._buffers[product.output],
+                self._weight(product.node),
+                self._weight(product.up) if product.up else -1,
+                self._buffers[product.add] if product.add else -1,
+            )
+            for product in item.products
+        ]
+        if item.norm is None:
+            self._native.linears(self._buffers[item.x], members)
+        else:
+            norm = self._vector(item.norm.inputs[1])
+            self._native.linears(self._buffers[item.x], members, norm, _number(item.norm, "eps"))
 
     def _rms_norm(self, node: Node) -> None:
         x, weight = node.inputs
@@ -207,7 +233,6 @@ class CpuProgram:
 
 _EMIT: dict[str, Callable[[CpuProgram, Node], None]] = {
     "embed": CpuProgram._embed,
-    "linear": CpuProgram._linear,
     "rms_norm": CpuProgram._rms_norm,
     "rope": CpuProgram._rope,
     "cache_write": CpuProgram._cache_write,
@@ -219,6 +244,14 @@ _EMIT: dict[str, Callable[[CpuProgram, Node], None]] = {
 
 # Inputs that are bound when the program is compiled; every other one is rows, integers of the step, or a cache.
 _WEIGHTS = {"embed": (1,), "linear": (1, 2), "rms_norm": (1,), "rope": (2,)}
+
+
+def is_mapped(data: np.ndarray) -> bool:
+    """Whether an array is a view of a read-only memory map of a file, whose pages the system can fetch again."""
+    base: Any = data
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    return isinstance(base, mmap.mmap) and memoryview(base).readonly
 
 
 def _width(value: Value) -> int:
@@ -277,14 +310,22 @@ class CpuBackend:
         values = [graph.values[name] for name in node.inputs]
         bound = _WEIGHTS.get(node.op, ())
         return (
-            node.op in _EMIT
+            (node.op in _EMIT or node.op == "linear")
             and all((value.kind == "weight") == (at in bound) for at, value in enumerate(values))
             and all(value.kind == "input" for value in values if value.dtype == "i32")
             and all(isinstance(dim, int) for value in values if value.dtype == "f32" for dim in value.shape[1:])
         )
 
+    def activation_precision(self, format: str) -> str:
+        """What the input of a `linear` with weights of this format is rounded to, by the instruction set.
+
+        "f32" is not at all; "bf16" to nearest even, at most 2^-8 of each value; "int8" to a step of absmax / 127 in
+        each block of 32 along the input, to nearest even, so at most half a step.
+        """
+        return _native.activations(format, self._isa)
+
     def compile(self, graph: Graph, weights: Mapping[str, Tensor]) -> CpuProgram:
-        """See `finial.backends.Backend.compile`; weights are used where they are, in every format of formats.py."""
+        """See `finial.backends.Backend.compile`; every format of formats.py, packed or in place."""
         return CpuProgram(graph, weights, self._pool, self._isa)
 
 

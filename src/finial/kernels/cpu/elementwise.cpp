@@ -12,9 +12,13 @@
 
 namespace finial::FINIAL_ISA {
 
-// From matmul.cpp and attention.cpp.
+// From matmul.cpp, packed.cpp and attention.cpp.
 int64_t linear_scratch(const Linear&, int64_t rows);
 void linear(const Linear&, const float* x, float* y, int64_t rows, int64_t begin, int64_t end, float* scratch);
+Rounding rounding(Format);
+void pack(const Linear&, uint8_t* panels, int64_t begin, int64_t end);
+void round_row(Rounding, const float* x, int64_t n_in, int64_t row, int64_t rows, uint8_t* tile);
+void multiply(const Product&, int64_t begin, int64_t end);
 int64_t attention_scratch(int64_t head_dim, int64_t queries);
 int64_t attention_partial(int64_t head_dim);
 void attention(const Attention&, const AttentionPiece&, float* partial, float* scratch);
@@ -34,9 +38,8 @@ void add_rows(const float* a, const float* b, float* y, int64_t n) {
   map2(a, b, y, n, [](V x, V z) { return add(x, z); });
 }
 
-// gate / (1 + exp(-gate)) * up
 void silu_mul(const float* gate, const float* up, float* y, int64_t n) {
-  map2(gate, up, y, n, [](V g, V u) { return mul(div(g, add(set1(1), exp(sub(zero(), g)))), u); });
+  map2(gate, up, y, n, gated);
 }
 
 void exp_rows(const float* x, float* y, int64_t n) {
@@ -152,6 +155,10 @@ extern const Kernels kernels;
 const Kernels kernels = {FINIAL_TEXT(FINIAL_ISA),
                          linear,
                          linear_scratch,
+                         rounding,
+                         pack,
+                         round_row,
+                         multiply,
                          decode,
                          attention,
                          attention_merge,

@@ -1,7 +1,8 @@
 // The table of kernels that each instruction set fills in, and the shapes they agree on.
 //
 // Every kernel is sequential: it works on the range of items that one thread was given. Which thread takes which range
-// never changes a result, because an item's arithmetic depends on that item alone. All activations are float32.
+// never changes a result, because an item's arithmetic depends on that item alone. All activations are float32; a packed
+// weight (packed.h) takes them rounded.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +28,22 @@ struct Linear {
   const float* bias;      // [n_out] or null
   int64_t n_in, n_out, row_bytes;
   Format format;
+  const uint8_t* packed = nullptr;  // panels (packed.h) where `rounding` of the format is not None
+};
+
+constexpr int64_t PANEL = 32;  // outputs of a panel of packed weights
+constexpr int64_t TILE = 12;   // activation rows that meet a panel at once: 24 accumulators of the 32 registers
+
+enum class Rounding : int { None, BF16, INT8 };  // what activations are rounded to for a weight
+
+// One product with packed weights, or two whose results meet: y = silu(x first^T) * (x second^T).
+struct Product {
+  const Linear* first;
+  const Linear* second;  // null: one
+  const uint8_t* x;      // rounded rows
+  const float* add;      // [rows, n_out] added to the result, or null
+  float* y;              // [rows, n_out]; may be `add`
+  int64_t rows;
 };
 
 enum class CacheType : int { F32, BF16, Q8_0 };
@@ -75,6 +92,12 @@ struct Kernels {
   void (*linear)(const Linear&, const float* x, float* y, int64_t rows, int64_t begin, int64_t end, float* scratch);
   // Floats that `linear` wants as scratch.
   int64_t (*linear_scratch)(const Linear&, int64_t rows);
+  // How this instruction set wants the activations of a format; None: weights stay in place and `linear` multiplies.
+  Rounding (*rounding)(Format);
+  void (*pack)(const Linear&, uint8_t* panels, int64_t begin, int64_t end);  // panels begin <= i < end
+  // Row `row` of a tile of `rows` rows, into the tile.
+  void (*round)(Rounding, const float* x, int64_t n_in, int64_t row, int64_t rows, uint8_t* tile);
+  void (*multiply)(const Product&, int64_t begin, int64_t end);  // panels begin <= i < end
   // n elements, the start on a block boundary and n whole blocks.
   void (*decode)(Format, const uint8_t* source, int64_t n, float* out);
   // partial null: the piece holds every chunk that its rows see, and their outputs are written. Otherwise each chunk

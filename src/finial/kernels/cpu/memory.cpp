@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <cstdint>
 #include <new>
 
 #if defined(_WIN32)
@@ -7,6 +8,7 @@
 #include <windows.h>
 #else
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace finial {
@@ -23,13 +25,26 @@ Memory::~Memory() {
   if (data_ != nullptr) VirtualFree(data_, 0, MEM_RELEASE);
 }
 
+void give_back(const uint8_t*, size_t) {}
+
 #else
 
 Memory::Memory(size_t bytes, Pages pages) : size_(bytes) {
   if (bytes == 0) return;
-  void* got = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  constexpr size_t LARGE = size_t{2} << 20;
+  const size_t spare = pages == Pages::Huge && bytes >= LARGE ? LARGE : 0;
+  void* got = mmap(nullptr, bytes + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (got == MAP_FAILED) throw std::bad_alloc();
   data_ = static_cast<uint8_t*>(got);
+  if (spare > 0) {  // keep the part that starts on a boundary
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), kept = (bytes + page - 1) / page * page;
+    const size_t before = (LARGE - reinterpret_cast<uintptr_t>(data_) % LARGE) % LARGE;
+    const size_t mapped = (bytes + spare + page - 1) / page * page;
+    if (before > 0) munmap(data_, before);
+    data_ += before;
+    got = data_;
+    if (mapped > before + kept) munmap(data_ + kept, mapped - before - kept);
+  }
 #if defined(MADV_HUGEPAGE) && defined(MADV_NOHUGEPAGE)
   madvise(got, bytes, pages == Pages::Huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 #else
@@ -39,6 +54,16 @@ Memory::Memory(size_t bytes, Pages pages) : size_(bytes) {
 
 Memory::~Memory() {
   if (data_ != nullptr) munmap(data_, size_);
+}
+
+void give_back(const uint8_t* data, size_t bytes) {
+#if defined(MADV_DONTNEED)
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), at = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (at + page - 1) / page * page, end = (at + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+#else
+  (void)data, (void)bytes;
+#endif
 }
 
 #endif

@@ -7,7 +7,12 @@
 
 namespace finial {
 
-enum class Pages { Small, Huge };  // Huge asks for large pages where the system has them and grants them
+// Huge asks for large pages where the system has them and grants them, and starts on the boundary of one.
+enum class Pages { Small, Huge };
+
+// The whole pages within [data, data + bytes) of a read-only file mapping need not stay in memory: they come back from
+// the file when they are touched. A hint.
+void give_back(const uint8_t* data, size_t bytes);
 
 class Memory {
  public:

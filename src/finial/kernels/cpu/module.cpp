@@ -1,6 +1,7 @@
 // finial._native: what Python sees of the CPU backend.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -43,7 +44,7 @@ Linear weight_of(const Bytes& data, const std::string& format, int64_t n_out, in
     throw std::invalid_argument("a " + format + " weight [" + std::to_string(n_out) + ", " + std::to_string(n_in) +
                                 "] is " + std::to_string(n_out * row_bytes) + " bytes, got " +
                                 std::to_string(data.size()));
-  return {data.data(), nullptr, n_in, n_out, row_bytes, kind};
+  return {data.data(), nullptr, n_in, n_out, row_bytes, kind, nullptr};
 }
 
 CacheType cache_type(const std::string& dtype) {
@@ -72,6 +73,15 @@ void run(Program& program, const std::vector<int64_t>& sizes, const std::vector<
     written.push_back({a.data(), static_cast<int64_t>(a.shape(0)), static_cast<int64_t>(a.shape(1))});
   nb::gil_scoped_release release;
   program.run(sizes, integers, read, written, state);
+}
+
+int weight(Program& program, const Bytes& data, const std::string& format, int64_t n_out, int64_t n_in,
+           const std::optional<Vector>& bias, bool mapped) {
+  Linear linear = weight_of(data, format, n_out, n_in);
+  if (bias && static_cast<int64_t>(bias->size()) != n_out)
+    throw std::invalid_argument("linear: the bias must have one element for each output");
+  if (bias) linear.bias = bias->data();
+  return program.weight(linear, mapped, std::make_shared<Bytes>(data));
 }
 
 void bind_program(nb::module_& m) {
@@ -111,18 +121,20 @@ void bind_program(nb::module_& m) {
           [](Program& p, int out, int tokens, const Bytes& weight, const std::string& format, int64_t rows,
              int64_t width) { p.embed(out, tokens, weight_of(weight, format, rows, width)); },
           "out"_a, "tokens"_a, "weight"_a.noconvert(), "format"_a, "rows"_a, "width"_a, nb::keep_alive<1, 4>())
+      .def("weight", &weight, "data"_a.noconvert(), "format"_a, "n_out"_a, "n_in"_a, "bias"_a.noconvert() = nb::none(),
+           "mapped"_a = false, nb::keep_alive<1, 6>(),
+           "A matrix for `linears`, packed or kept in place; its index. mapped: the bytes are a read-only file mapping.")
       .def(
-          "linear",
-          [](Program& p, int out, int x, const Bytes& weight, const std::string& format, int64_t n_out, int64_t n_in,
-             const std::optional<Vector>& bias) {
-            Linear linear = weight_of(weight, format, n_out, n_in);
-            if (bias && static_cast<int64_t>(bias->size()) != n_out)
-              throw std::invalid_argument("linear: the bias must have one element for each output");
-            if (bias) linear.bias = bias->data();
-            p.linear(out, x, linear);
+          "linears",
+          [](Program& p, int x, const std::vector<std::array<int, 4>>& members, const std::optional<Vector>& norm,
+             float eps) {
+            std::vector<Linears::Member> list;
+            for (const auto& [out, weight, second, add] : members) list.push_back({out, weight, second, add});
+            p.linears(x, norm ? norm->data() : nullptr, norm ? static_cast<int64_t>(norm->size()) : 0, eps,
+                      std::move(list));
           },
-          "out"_a, "x"_a, "weight"_a.noconvert(), "format"_a, "n_out"_a, "n_in"_a, "bias"_a.noconvert() = nb::none(),
-          nb::keep_alive<1, 4>(), nb::keep_alive<1, 8>())
+          "x"_a, "members"_a, "norm"_a.noconvert() = nb::none(), "eps"_a = 0.0f, nb::keep_alive<1, 4>(),
+          "Products of x, or of its norm; members are (out, weight, second or -1, add or -1).")
       .def(
           "rms_norm",
           [](Program& p, int out, int x, const Vector& weight, float eps) {
@@ -174,6 +186,21 @@ NB_MODULE(_native, m) {
         return d;
       },
       "Cores this process may use: logical CPUs, physical cores (bounded by a container's quota), CPUs to pin to.");
+  m.def(
+      "activations",
+      [](const std::string& format, const std::string& isa) {
+        switch (find_kernels(isa.c_str())->rounding(format_of(format))) {
+          case Rounding::BF16:
+            return "bf16";
+          case Rounding::INT8:
+            return "int8";
+          case Rounding::None:
+            break;
+        }
+        return "f32";
+      },
+      "format"_a, "isa"_a = "",
+      "What a linear with weights of this format rounds its input to: f32 (not at all), bf16, or int8 (blocks of 32).");
   m.def("read_bandwidth", &read_bandwidth, "threads"_a, "bytes"_a, "seconds"_a,
         nb::call_guard<nb::gil_scoped_release>(),
         "Measured read bandwidth in GB/s (1e9): the fastest of several passes over a buffer of `bytes`.");

@@ -1,8 +1,11 @@
 // Building a program: every shape is checked here, once, so that the interpreter need not.
 #include "program.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <utility>
+
+#include "packed.h"
 
 namespace finial {
 
@@ -10,6 +13,7 @@ namespace {
 
 constexpr int READ_ONLY = -1;
 constexpr int PARTIALS = -2;  // what attention leaves between threads: one memory for all
+constexpr int ROUNDED = -3;   // less its kind: rounded inputs of products that threads share
 
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
@@ -95,15 +99,22 @@ int Program::resource(int buffer) const {
   return b.slot >= 0 ? 4 * b.slot : b.is_output ? 4 * b.external + 1 : READ_ONLY;
 }
 
-void Program::push(Instruction instruction, const std::vector<int>& reads, const std::vector<int>& writes) {
+void Program::push(Instruction instruction, const std::vector<int>& reads, const std::vector<int>& writes,
+                   Split split) {
   for (int w : writes) require(w != READ_ONLY, "an input of the program cannot be written");
   for (int r : reads)
     for (int w : writes) require(r != w, "an instruction's output must not share memory with its input");
-  for (int r : reads) instruction.barrier |= written_.count(r) > 0;
-  for (int w : writes) instruction.barrier |= written_.count(w) > 0 || read_.count(w) > 0;
+  // No wait where each thread goes on with the very part that it had.
+  const auto meets = [split](const Touched& touched, int resource) {
+    const auto found = touched.find(resource);
+    return found != touched.end() && !std::all_of(found->second.begin(), found->second.end(),
+                                                  [split](const Split& other) { return other == split; });
+  };
+  for (int r : reads) instruction.barrier |= meets(written_, r);
+  for (int w : writes) instruction.barrier |= meets(written_, w) || meets(read_, w);
   if (instruction.barrier) read_.clear(), written_.clear();
-  read_.insert(reads.begin(), reads.end());
-  written_.insert(writes.begin(), writes.end());
+  for (int r : reads) read_[r].push_back(split);
+  for (int w : writes) written_[w].push_back(split);
   code_.push_back(instruction);
 }
 
@@ -116,13 +127,73 @@ void Program::embed(int out, int tokens, const finial::Linear& weight) {
   push(i, {}, {resource(out)});
 }
 
-void Program::linear(int out, int x, const finial::Linear& weight) {
-  const Buffer &y = check(out, "linear"), &in = check(x, "linear");
-  require(in.width == weight.n_in && y.width == weight.n_out && in.dimension == y.dimension,
-          "linear: x [N, in], weight [out, in] and the output [N, out] do not fit");
-  Instruction i{Op::Linear};
-  i.out = out, i.a = x, i.linear = weight;
-  push(i, {resource(x)}, {resource(out)});
+int Program::weight(const finial::Linear& weight, bool mapped, std::shared_ptr<const void> owner) {
+  finial::Linear made = weight;
+  for (const finial::Linear& known : weights_)
+    if (known.weight == made.weight && known.format == made.format && known.n_in == made.n_in &&
+        known.n_out == made.n_out)
+      made.packed = known.packed;
+  if (kernels_->rounding(made.format) == Rounding::None) {
+    owners_.push_back(std::move(owner));
+  } else if (made.packed == nullptr) {
+    const int64_t bytes = panel_bytes(made.format, made.n_in), count = panels(made);
+    const size_t size = static_cast<size_t>(bytes * count);
+    constexpr size_t CHUNK = size_t{64} << 20;  // address space: memory is taken as it is written
+    if (packed_.empty() || packed_.back().size() - packed_used_ < size) {
+      packed_.emplace_back(std::max(size, CHUNK), Pages::Huge);
+      packed_used_ = 0;
+    }
+    uint8_t* out = packed_.back().data() + packed_used_;
+    packed_used_ += (size + 63) / 64 * 64;
+    const int64_t step = std::max<int64_t>(1, (int64_t{1} << 20) / bytes);
+    std::atomic<int64_t> next{0};
+    pool_->run([&](int) {
+      for (int64_t begin; (begin = next.fetch_add(step)) < count;) {
+        const int64_t end = std::min(begin + step, count);
+        kernels_->pack(made, out, begin, end);
+        const int64_t first = begin * PANEL, last = std::min(end * PANEL, made.n_out);
+        if (mapped) give_back(made.weight + first * made.row_bytes, static_cast<size_t>((last - first) * made.row_bytes));
+      }
+    });
+    made.packed = out;
+  }
+  weights_.push_back(made);
+  return static_cast<int>(weights_.size()) - 1;
+}
+
+void Program::linears(int x, const float* norm, int64_t norm_width, float eps, std::vector<Linears::Member> members) {
+  const Buffer& in = check(x, "linear");
+  require(!members.empty() && (norm == nullptr || norm_width == in.width),
+          "linear: at least one product; a norm as wide as the input");
+  const auto matrix = [&](int weight, const Buffer& y) -> const finial::Linear& {
+    require(weight >= 0 && weight < static_cast<int>(weights_.size()), "linear: no such weight");
+    const finial::Linear& w = weights_[static_cast<size_t>(weight)];
+    require(in.width == w.n_in && y.width == w.n_out && in.dimension == y.dimension,
+            "linear: x [N, in], weight [out, in] and the output [N, out] do not fit");
+    return w;
+  };
+  std::vector<int> reads{resource(x)}, writes;
+  const Rounding rounding = kernels_->rounding(matrix(members[0].weight, check(members[0].out, "linear")).format);
+  for (const Linears::Member& m : members) {
+    const Buffer& y = check(m.out, "linear");
+    require(kernels_->rounding(matrix(m.weight, y).format) == rounding, "linear: one rounding of the input for all");
+    for (int w : writes) require(w != resource(m.out), "linear: each product has an output of its own");
+    writes.push_back(resource(m.out));
+    if (m.second >= 0)
+      require(rounding != Rounding::None && kernels_->rounding(matrix(m.second, y).format) == rounding,
+              "linear: a gated product wants packed weights");
+    if (m.add >= 0) {
+      const Buffer& add = check(m.add, "linear");
+      require(add.width == y.width && add.dimension == y.dimension, "linear: what is added is as large as the output");
+      reads.push_back(resource(m.add));
+    }
+  }
+  // The rounded rows of one kind have one place, when they are shared.
+  if (rounding != Rounding::None || norm != nullptr) writes.push_back(ROUNDED - static_cast<int>(rounding));
+  linears_.push_back({x, norm, eps, rounding, std::move(members)});
+  Instruction i{Op::Linears};
+  i.linears = static_cast<int>(linears_.size()) - 1;
+  push(i, reads, writes);
 }
 
 void Program::rms_norm(int out, int x, const float* weight, int64_t width, float eps) {
@@ -131,7 +202,7 @@ void Program::rms_norm(int out, int x, const float* weight, int64_t width, float
           "rms_norm: x [N, D], weight [W] with D % W == 0 and the output [N, D] do not fit");
   Instruction i{Op::RmsNorm};
   i.out = out, i.a = x, i.vector = weight, i.width = width, i.number = eps;
-  push(i, {resource(x)}, {resource(out)});
+  push(i, {resource(x)}, {resource(out)}, {in.dimension, in.width, in.width / width});
 }
 
 void Program::rope(int out, int x, int positions, const float* frequencies, int64_t head_dim, float scale) {
@@ -155,7 +226,7 @@ void Program::rope(int out, int x, int positions, const float* frequencies, int6
   }
   Instruction i{Op::Rope};
   i.out = out, i.a = x, i.ints[0] = positions, i.table = table, i.width = head_dim;
-  push(i, {resource(x), 4 * table + 3}, {resource(out)});
+  push(i, {resource(x), 4 * table + 3}, {resource(out)}, {in.dimension, in.width, in.width / head_dim});
 }
 
 void Program::cache_write(int cache, int keys, int values, int slots) {
@@ -167,7 +238,7 @@ void Program::cache_write(int cache, int keys, int values, int slots) {
   demand(slots, k.dimension, Limit::Slots, 0, "cache_write");
   Instruction i{Op::CacheWrite};
   i.a = keys, i.b = values, i.ints[0] = slots, i.cache = cache;
-  push(i, {resource(keys), resource(values)}, {4 * cache + 2});
+  push(i, {resource(keys), resource(values)}, {4 * cache + 2}, {k.dimension, k.width, spec.kv_heads});
 }
 
 void Program::attention(int out, int queries, int cache, int positions, int starts, int lengths, int pages,

@@ -3,12 +3,13 @@
 // Python builds a program once (backends/cpu.py) and then only calls `run`. Shapes are [rows, width] throughout: the
 // width is fixed when the program is built, the rows come with each step, one number per row dimension of the graph.
 // Nothing that a step brings can make a kernel read or write outside its arrays: `run` checks it and throws
-// std::invalid_argument naming the input. Weights are used where they are: whoever builds the program keeps them alive.
+// std::invalid_argument naming the input. Weights are packed when they are declared (packed.h), or used where they are:
+// then whoever builds the program keeps them alive.
 #pragma once
 
 #include <atomic>
+#include <map>
 #include <memory>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -54,7 +55,29 @@ struct FloatArray {  // a float32 input or output of a step
   int64_t rows, width;
 };
 
-enum class Op { RopeTable, Embed, Linear, RmsNorm, Rope, CacheWrite, Attention, SiluMul, Add, SelectRows };
+enum class Op { RopeTable, Embed, Linears, RmsNorm, Rope, CacheWrite, Attention, SiluMul, Add, SelectRows };
+
+// Products that share their input, which may be normalised first: done once, by each thread for itself when the rows are
+// few, shared out otherwise.
+struct Linears {
+  struct Member {
+    int out, weight, second = -1, add = -1;  // second: the output is silu(weight's) * second's; add: a buffer
+  };
+  int x;
+  const float* norm;  // [width of x] or null
+  float eps;
+  Rounding rounding;
+  std::vector<Member> members;
+};
+
+// How threads share a buffer out: rows of `dimension` of `width` floats, each in `items` equal parts; 0: any way.
+struct Split {
+  int dimension = 0;
+  int64_t width = 0, items = 0;
+  bool operator==(const Split& o) const {
+    return items > 0 && dimension == o.dimension && width == o.width && items == o.items;
+  }
+};
 
 struct Instruction {
   Op op;
@@ -63,7 +86,8 @@ struct Instruction {
   int cache = -1;  // index of a state's cache
   int table = -1;  // index of a rope table, or of an attention's sequence map
   int plan = 0;    // index of an attention's plan
-  finial::Linear linear{};
+  finial::Linear linear{};  // of embed
+  int linears = -1;         // index of the products
   const float* vector = nullptr;  // norm weight [width], or inverse frequencies [width / 2]
   int64_t width = 0;              // of a norm's group, or head_dim
   int64_t group = 0, window = 0;
@@ -83,7 +107,10 @@ class Program {
   int int_input(std::string name);                                // given to `run`, in the order of declaration
   int cache(CacheSpec spec);                                      // one state of the graph
   void embed(int out, int tokens, const finial::Linear& weight);  // weight.n_in is the width, n_out the vocabulary
-  void linear(int out, int x, const finial::Linear& weight);
+  // A matrix for `linears`. `mapped`: its bytes are a read-only file mapping, given back as they are packed. `owner` is
+  // held while they are used.
+  int weight(const finial::Linear& weight, bool mapped, std::shared_ptr<const void> owner);
+  void linears(int x, const float* norm, int64_t norm_width, float eps, std::vector<Linears::Member> members);
   void rms_norm(int out, int x, const float* weight, int64_t width, float eps);
   void rope(int out, int x, int positions, const float* frequencies, int64_t head_dim, float scale);
   void cache_write(int cache, int keys, int values, int slots);
@@ -135,9 +162,11 @@ class Program {
   };
   struct Step;  // what one run needs beside the program
 
+  using Touched = std::map<int, std::vector<Split>>;  // resource: how it was touched
+
   const Buffer& check(int buffer, const char* what) const;
   void demand(int input, int dimension, Limit limit, int64_t value, const char* what);
-  void push(Instruction instruction, const std::vector<int>& reads, const std::vector<int>& writes);
+  void push(Instruction instruction, const std::vector<int>& reads, const std::vector<int>& writes, Split split = {});
   int resource(int buffer) const;
   void pointwise(Op op, int out, int a, int b);
 
@@ -147,6 +176,8 @@ class Program {
   void check_sequences(const Step& step, const SequenceMap& map) const;
   void reserve(Step& step);
   void execute(const Instruction& i, const Step& step, int thread);
+  void multiply(const Linears& p, const Step& step, int thread);
+  const uint8_t* prepare(const Linears& p, const Step& step, int64_t rows, int thread, uint8_t*& scratch);
 
   std::shared_ptr<Pool> pool_;
   const Kernels* kernels_;
@@ -159,10 +190,15 @@ class Program {
   std::vector<PlanSpec> plans_;
   std::vector<Check> checks_;
   std::vector<Instruction> code_;
-  std::set<int> read_, written_;  // since the last barrier, while building
+  std::vector<Linears> linears_;
+  std::vector<finial::Linear> weights_;
+  std::vector<std::shared_ptr<const void>> owners_;
+  std::vector<Memory> packed_;  // panels of weights, one after the other
+  size_t packed_used_ = 0;      // of the last
+  Touched read_, written_;      // since the last barrier, while building
 
   std::mutex running_;
-  Memory arena_, scratch_, partials_;
+  Memory arena_, scratch_, partials_, rounded_;
   std::vector<AttentionPlan> shares_;             // [plans]: of this step
   std::vector<int32_t> sequence_;                 // [maps][rows]: the sequence of a row
   std::unique_ptr<std::atomic<int64_t>[]> next_;  // [instructions]: the next item that nobody has taken

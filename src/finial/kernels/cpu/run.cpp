@@ -1,10 +1,12 @@
 // Running a program: checks what the step brings, reserves memory, then every thread walks the instructions and takes
 // its share of each. A barrier stands only where the builder found that one instruction needs another's result.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "packed.h"
 #include "program.h"
 
 namespace finial {
@@ -15,6 +17,7 @@ struct Program::Step {
   const State& state;
   std::vector<float*> buffers;  // by buffer
   std::vector<float*> tables;   // by rope table: cos [rows, half], then sin
+  uint8_t* rounded[3] = {};     // by rounding: rows shared by all threads
   float* scratch = nullptr;
   int64_t scratch_stride = 0;             // floats per thread
   std::vector<const int32_t*> sequences;  // by sequence map
@@ -140,10 +143,20 @@ void Program::reserve(Step& step) {
     partials_ = Memory(static_cast<size_t>(partials) * sizeof(float), Pages::Huge);
   }
 
+  int64_t shared[3] = {};
   for (const Instruction& i : code_) {
     int64_t wanted = 0;
-    if (i.op == Op::Linear)
-      wanted = kernels_->linear_scratch(i.linear, step.rows(buffers_[static_cast<size_t>(i.out)]));
+    if (i.op == Op::Linears) {
+      const Linears& p = linears_[static_cast<size_t>(i.linears)];
+      const Buffer& x = buffers_[static_cast<size_t>(p.x)];
+      const int64_t rows = step.rows(x), row = rounded(rounded_bytes(p.rounding, x.width), 64);
+      for (const Linears::Member& m : p.members)
+        if (p.rounding == Rounding::None)
+          wanted = std::max(wanted, kernels_->linear_scratch(weights_[static_cast<size_t>(m.weight)], rows));
+      wanted += TILE * row / 4 + rounded(x.width, LINE);
+      int64_t& whole = shared[static_cast<int>(p.rounding)];
+      if (rows > TILE) whole = std::max(whole, rows * row);
+    }
     if (i.op == Op::Attention) {
       const CacheSpec& cache = plans_[static_cast<size_t>(i.plan)].cache;
       wanted = kernels_->attention_scratch(cache.head_dim, shares_[static_cast<size_t>(i.plan)].tile_rows() * i.group);
@@ -156,6 +169,13 @@ void Program::reserve(Step& step) {
     scratch_ = Memory(scratch, Pages::Small);
   }
   step.scratch = scratch_.floats();
+  const size_t together = static_cast<size_t>(shared[0] + shared[1] + shared[2]);
+  if (rounded_.size() < together) {
+    rounded_ = Memory();
+    rounded_ = Memory(together, Pages::Huge);
+  }
+  int64_t from = 0;
+  for (int i = 0; i < 3; from += shared[i], ++i) step.rounded[i] = rounded_.data() + from;
 
   int64_t rows = 0;
   for (const SequenceMap& m : maps_) rows += step.sizes[static_cast<size_t>(m.dimension)];
@@ -183,7 +203,7 @@ void Program::run(const std::vector<int64_t>& sizes, const std::vector<IntArray>
   for (int64_t size : sizes)
     if (size < 0) reject("run: a negative number of rows");
   std::lock_guard<std::mutex> lock(running_);
-  Step step{sizes, ints, state, std::vector<float*>(buffers_.size()), {}, nullptr, 0, {}};
+  Step step{sizes, ints, state, std::vector<float*>(buffers_.size()), {}, {}, nullptr, 0, {}};
   for (size_t i = 0; i < buffers_.size(); ++i) {
     const Buffer& b = buffers_[i];
     if (b.external < 0) continue;
@@ -202,6 +222,80 @@ void Program::run(const std::vector<int64_t>& sizes, const std::vector<IntArray>
       execute(i, step, thread);
     }
   });
+}
+
+// The input of products as they take it: normalised, rounded. Few rows: every thread makes its own, which is cheaper
+// than to wait for another. `scratch` moves behind what this takes of it.
+const uint8_t* Program::prepare(const Linears& p, const Step& step, int64_t rows, int thread, uint8_t*& scratch) {
+  const int64_t width = buffers_[static_cast<size_t>(p.x)].width, bytes = rounded_bytes(p.rounding, width);
+  const float* x = step.buffers[static_cast<size_t>(p.x)];
+  if (p.rounding == Rounding::None && p.norm == nullptr) return reinterpret_cast<const uint8_t*>(x);
+  const bool shared = rows > TILE;
+  uint8_t* out = shared ? step.rounded[static_cast<int>(p.rounding)] : scratch;
+  scratch += TILE * rounded(bytes, 64);
+  float* normal = reinterpret_cast<float*>(scratch);
+  scratch += rounded(width, LINE) * 4;
+  const int64_t count = tiles(rows);
+  const Range part = shared ? share(count, thread, pool_->threads()) : Range{0, count};
+  for (int64_t tile = part.begin; tile < part.end; ++tile) {
+    const int64_t first = rows * tile / count, size = rows * (tile + 1) / count - first;
+    uint8_t* to = out + first * bytes;
+    for (int64_t r = 0; r < size; ++r) {
+      const float* row = x + (first + r) * width;
+      if (p.norm != nullptr) {
+        float* y = p.rounding == Rounding::None ? reinterpret_cast<float*>(to + r * bytes) : normal;
+        kernels_->rms_norm(row, p.norm, y, width, p.eps);
+        row = y;
+      }
+      if (p.rounding != Rounding::None) kernels_->round(p.rounding, row, width, r, size, to);
+    }
+  }
+  if (shared) pool_->barrier();
+  return out;
+}
+
+// A thread's share of all the products: an equal part of the bytes that they read.
+void Program::multiply(const Linears& p, const Step& step, int thread) {
+  const auto at = [&](int buffer) { return step.buffers[static_cast<size_t>(buffer)]; };
+  const auto matrix = [&](int index) -> const finial::Linear& { return weights_[static_cast<size_t>(index)]; };
+  const int64_t rows = step.rows(buffers_[static_cast<size_t>(p.x)]);
+  if (rows == 0) return;
+  uint8_t* scratch = reinterpret_cast<uint8_t*>(step.scratch + thread * step.scratch_stride);
+  const uint8_t* x = prepare(p, step, rows, thread, scratch);
+  const bool packed = p.rounding != Rounding::None;
+  const auto unit = [&](const Linears::Member& m) {  // bytes
+    const finial::Linear& l = matrix(m.weight);
+    const int64_t one = packed ? panel_bytes(l.format, l.n_in) : LINE * l.row_bytes;
+    return m.second < 0 ? one : one + panel_bytes(matrix(m.second).format, l.n_in);
+  };
+  const auto units = [&](const Linears::Member& m) {
+    return packed ? panels(matrix(m.weight)) : (matrix(m.weight).n_out + LINE - 1) / LINE;
+  };
+  int64_t total = 0, before = 0;
+  for (const Linears::Member& m : p.members) total += unit(m) * units(m);
+  for (const Linears::Member& m : p.members) {
+    const finial::Linear& l = matrix(m.weight);
+    const int64_t size = unit(m), count = units(m);
+    const auto edge = [&](int index) {  // the unit in which the share of thread `index` begins
+      const int64_t byte = total / pool_->threads() * index + total % pool_->threads() * index / pool_->threads();
+      return std::min(std::max<int64_t>(0, (byte - before + size / 2) / size), count);
+    };
+    const int64_t begin = edge(thread), end = thread + 1 == pool_->threads() ? count : edge(thread + 1);
+    before += size * count;
+    if (begin >= end) continue;
+    const float* add = m.add < 0 ? nullptr : at(m.add);
+    if (packed) {
+      kernels_->multiply({&l, m.second < 0 ? nullptr : &matrix(m.second), x, add, at(m.out), rows}, begin, end);
+      continue;
+    }
+    const int64_t first = begin * LINE, last = std::min(end * LINE, l.n_out);
+    kernels_->linear(l, reinterpret_cast<const float*>(x), at(m.out), rows, first, last,
+                     reinterpret_cast<float*>(scratch));
+    for (int64_t t = 0; t < rows && add != nullptr; ++t) {
+      float* y = at(m.out) + t * l.n_out + first;
+      kernels_->add(add + t * l.n_out + first, y, y, last - first);
+    }
+  }
 }
 
 void Program::execute(const Instruction& i, const Step& step, int thread) {
@@ -232,14 +326,9 @@ void Program::execute(const Instruction& i, const Step& step, int thread) {
                          i.linear.n_in, at(i.out) + row * i.linear.n_in);
       break;
     }
-    case Op::Linear: {
-      const int64_t rows = step.rows(spec(i.out));
-      const Range part = share(i.linear.n_out, thread, threads, LINE);
-      if (rows > 0 && part.begin < part.end)
-        kernels_->linear(i.linear, at(i.a), at(i.out), rows, part.begin, part.end,
-                         step.scratch + thread * step.scratch_stride);
+    case Op::Linears:
+      multiply(linears_[static_cast<size_t>(i.linears)], step, thread);
       break;
-    }
     case Op::RmsNorm: {
       const Range part = share(step.rows(spec(i.out)) * (spec(i.out).width / i.width), thread, threads);
       for (int64_t g = part.begin; g < part.end; ++g)

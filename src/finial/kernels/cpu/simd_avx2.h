@@ -120,4 +120,39 @@ FINIAL_INLINE V pick_high(Levels d, const uint8_t* p) {
   return level(d, _mm256_srli_epi32(x, 4));
 }
 
+// Products of packed weights. I: W lanes of int32, or of four bytes.
+#define FINIAL_PACKS_INT8 1
+using I = __m256i;
+constexpr uint32_t BIAS_Q8 = 0;  // packed bytes are q itself
+FINIAL_INLINE I load_i(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+FINIAL_INLINE I broadcast(const void* p) {
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  return _mm256_set1_epi32(word);
+}
+FINIAL_INLINE I start_q8(int32_t) { return _mm256_setzero_si256(); }
+FINIAL_INLINE I start_q4(int32_t offset) { return _mm256_set1_epi32(offset); }
+// Pairs of bytes are summed in 16 bits: |q| <= 128 times |x| <= 127 twice is 32512, so nothing saturates.
+FINIAL_INLINE I dot_q8(I acc, I w, I x) {
+  const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+FINIAL_INLINE I dot_q4(I acc, I w, I x) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+}
+FINIAL_INLINE I low_nibbles(I a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+FINIAL_INLINE I high_nibbles(I a) { return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }
+FINIAL_INLINE V to_floats(I a) { return _mm256_cvtepi32_ps(a); }
+FINIAL_INLINE V absolute(V a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+FINIAL_INLINE void store_i8(int8_t* p, V a) {  // nearest even
+  const __m256i x = _mm256_cvtps_epi32(a);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+FINIAL_INLINE int32_t sum_i8(const int8_t* p) {  // of 32
+  int32_t total = 0;
+  for (int i = 0; i < 32; ++i) total += p[i];
+  return total;
+}
+
 }  // namespace finial::FINIAL_ISA

@@ -106,4 +106,36 @@ FINIAL_INLINE V pick_high(Levels levels, const uint8_t* p) {
   return _mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_cvtepu8_epi32(x), 4), levels);
 }
 
+// Products of packed weights. I: W lanes of int32, or of four bytes, or of two bf16.
+#define FINIAL_PACKS_BF16 1
+#define FINIAL_PACKS_INT8 1
+using I = __m512i;
+constexpr uint32_t BIAS_Q8 = 0x80808080u;  // packed bytes are q + 128: the instruction takes the first operand unsigned
+FINIAL_INLINE I load_i(const void* p) { return _mm512_loadu_si512(p); }
+FINIAL_INLINE I broadcast(const void* p) {
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  return _mm512_set1_epi32(word);
+}
+FINIAL_INLINE I start_q8(int32_t offset) { return _mm512_set1_epi32(offset * 16); }
+FINIAL_INLINE I start_q4(int32_t offset) { return _mm512_set1_epi32(offset); }
+FINIAL_INLINE I dot_q8(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
+FINIAL_INLINE I dot_q4(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
+FINIAL_INLINE I low_nibbles(I a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+FINIAL_INLINE I high_nibbles(I a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+FINIAL_INLINE V to_floats(I a) { return _mm512_cvtepi32_ps(a); }
+FINIAL_INLINE V absolute(V a) { return _mm512_abs_ps(a); }
+FINIAL_INLINE void store_i8(int8_t* p, V a) {  // nearest even
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a)));
+}
+FINIAL_INLINE int32_t sum_i8(const int8_t* p) {  // of 32
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i s = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), x);
+  const __m128i h = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+  const __m128i q = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xB1)));
+}
+// acc + both products of each pair; subnormals count as zero, each step rounds to nearest even.
+FINIAL_INLINE V dot_bf16(V acc, I w, I x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
+
 }  // namespace finial::FINIAL_ISA

@@ -26,4 +26,7 @@ FINIAL_INLINE V exp(V x) {
   return scale_by_power(y, n);
 }
 
+// silu(gate) * up = gate / (1 + exp(-gate)) * up
+FINIAL_INLINE V gated(V gate, V up) { return mul(div(gate, add(set1(1), exp(sub(zero(), gate)))), up); }
+
 }  // namespace finial::FINIAL_ISA

@@ -1,0 +1,56 @@
+// Packed weights: a matrix rearranged once into the order in which products read it.
+//
+// A panel is PANEL outputs over all of n_in; panels follow each other, the last one filled up with zeros. Within it:
+//   bf16  [n_in / 2][PANEL][2]: a pair of inputs of 32 outputs is 128 bytes (an odd n_in ends in a zero)
+//   q8_0  [n_in / 32] blocks of 1088 bytes: f16 scales [PANEL], then bytes [8][PANEL][4], four inputs each
+//   q4_0  [n_in / 32] blocks of  576 bytes: f16 scales [PANEL], then bytes [4][PANEL][4], low nibbles inputs 4j..4j+3,
+//         high nibbles inputs 16+4j..16+4j+3, as in the file
+// so a packed matrix is as large as the stored one, and a thread reads its share as one contiguous run.
+//
+// Activations are rounded to what the multiplying instruction takes, once for all products that share them:
+//   bf16  nearest even; [pair of inputs][row of the tile][2]
+//   int8  blocks of 32 inputs: scale absmax / 127, nearest even; [block][row of the tile] of Int8Block
+// in tiles of at most TILE rows, as even as possible: tile i of n holds rows [rows i / n, rows (i + 1) / n).
+#pragma once
+
+#include "kernels.h"
+
+namespace finial {
+
+struct Int8Block {
+  int8_t q[32];
+  float scale;
+  int32_t offset;  // -8 sum(q): what a nibble's bias of 8 adds, taken back
+};
+
+inline int64_t tiles(int64_t rows) { return (rows + TILE - 1) / TILE; }
+inline int64_t panels(const Linear& l) { return (l.n_out + PANEL - 1) / PANEL; }
+
+// Bytes of a row of rounded activations.
+inline int64_t rounded_bytes(Rounding rounding, int64_t n_in) {
+  switch (rounding) {
+    case Rounding::BF16:
+      return (n_in + 1) / 2 * 4;
+    case Rounding::INT8:
+      return n_in / 32 * static_cast<int64_t>(sizeof(Int8Block));
+    case Rounding::None:
+      break;
+  }
+  return n_in * 4;
+}
+
+// Bytes of a panel; the formats that no kernel packs give nothing.
+inline int64_t panel_bytes(Format format, int64_t n_in) {
+  switch (format) {
+    case Format::BF16:
+      return (n_in + 1) / 2 * PANEL * 4;
+    case Format::Q8_0:
+      return n_in / 32 * PANEL * 34;
+    case Format::Q4_0:
+      return n_in / 32 * PANEL * 18;
+    default:
+      return 0;
+  }
+}
+
+}  // namespace finial
