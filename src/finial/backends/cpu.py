@@ -31,27 +31,24 @@ except ImportError as error:  # a source tree that was never built; `create` say
 
 
 class _Slots:
-    """Which arena slot each value takes: a slot is free again after its value's last use."""
+    """Which arena slot each value takes: a slot is free again after its value's last use, for values of its shape.
+
+    Only those, because threads need not wait between instructions that share out equal shapes alike.
+    """
 
     def __init__(self) -> None:
-        self._free: list[tuple[Dim, Dim, int]] = []
+        self._free: dict[tuple[Dim, ...], list[int]] = {}
         self._count = 0
 
     def take(self, value: Value) -> int:
-        rows, width = value.shape
-        exact = [row for row in self._free if row[:2] == (rows, width)]
-        same_rows = [row for row in self._free if row[0] == rows]
-        candidates = exact or same_rows or self._free
-        if not candidates:
-            self._count += 1
-            return self._count - 1
-        chosen = candidates[-1]  # freed last: still in the cache
-        self._free.remove(chosen)
-        return chosen[2]
+        free = self._free.get(value.shape)
+        if free:
+            return free.pop()  # freed last: still in the cache
+        self._count += 1
+        return self._count - 1
 
     def give(self, value: Value, slot: int) -> None:
-        rows, width = value.shape
-        self._free.append((rows, width, slot))
+        self._free.setdefault(value.shape, []).append(slot)
 
 
 class CpuProgram:
