@@ -190,6 +190,7 @@ def test_each_stored_precision_is_used_as_it_is(tmp_path: Path, dtype: torch.dty
 def test_mixed_backends_equal_one(saved: dict[str, Checkpoint]) -> None:
     """A graph cut in two runs as one; here by hiding an operation from the first backend."""
     from finial import executor
+
     class Partial:
         name = "partial"
 

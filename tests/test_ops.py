@@ -40,7 +40,9 @@ class Case:
     pages: int = 1
     page_size: int = 16
     steps: list[Arrays] = field(default_factory=list)  # earlier steps on the same state
-    rounding: Callable[[str], np.ndarray | float] = lambda precision: 0.0  # added where the input of a product is rounded
+    rounding: Callable[[str], np.ndarray | float] = lambda precision: (
+        0.0
+    )  # added where the input of a product is rounded
 
 
 def rng(*seed: int) -> np.random.Generator:
@@ -250,7 +252,11 @@ CASES = [
         for rows in (1, 3, 33)
     ),
     *(linear(2, 768, 9, format) for format in ("q4_k", "q5_k", "q6_k")),
-    *(linear(rows, 64, 70, format, bias=True) for format in ("bf16", "q8_0", "q4_0") for rows in (2, 7, 11, 12, 13, 25)),
+    *(
+        linear(rows, 64, 70, format, bias=True)
+        for format in ("bf16", "q8_0", "q4_0")
+        for rows in (2, 7, 11, 12, 13, 25)
+    ),
     *(embed(rows, 256, format) for format in FORMATS for rows in (1, 9)),
     embed(3, 31, "bf16"),
     *(

@@ -2,8 +2,9 @@
 
 Weights keep their stored precision: repacked once into the order in which products read them, or used where they are
 (usually a memory map).  The residual stream, accumulation and softmax are float32; the input of a packed `linear` is
-rounded first, see `CpuBackend.activation_precision`.  A row's result is bit-equal whatever shares its step, however it was chunked, wherever its pages lie and
-however many threads there are, within one instruction set.  Knows nothing of models and files.
+rounded first, see `CpuBackend.activation_precision`.  A row's result is bit-equal whatever shares its step, however it
+was chunked, wherever its pages lie and however many threads there are, within one instruction set.  Knows nothing of
+models and files.
 
     program = create(threads=None).compile(graph, weights)
     outputs = program.run(step.feeds(), program.new_state(pages=64, page_size=32))

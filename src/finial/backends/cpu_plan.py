@@ -1,7 +1,7 @@
 """Which nodes of a graph the CPU backend runs together.
 
 Products that share an input become one instruction: the norm in front of it and the rounding of it are done once, and
-what follows a product alone is done while its result is in registers: an addition, or silu of one product times another.
+what follows a product alone is done while its result is at hand: an addition, or silu of one product times another.
 No result changes by it.  Knows the graph and how a weight wants its input rounded; no buffers and no kernels.
 
     for item in plan(graph, rounding): ...      # Node or Products, in an order that can be run

@@ -1,8 +1,8 @@
 // The table of kernels that each instruction set fills in, and the shapes they agree on.
 //
 // Every kernel is sequential: it works on the range of items that one thread was given. Which thread takes which range
-// never changes a result, because an item's arithmetic depends on that item alone. All activations are float32; a packed
-// weight (packed.h) takes them rounded.
+// never changes a result, because an item's arithmetic depends on that item alone. All activations are float32; a
+// packed weight (packed.h) takes them rounded.
 #pragma once
 
 #include <cstdint>

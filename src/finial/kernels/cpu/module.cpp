@@ -121,9 +121,10 @@ void bind_program(nb::module_& m) {
           [](Program& p, int out, int tokens, const Bytes& weight, const std::string& format, int64_t rows,
              int64_t width) { p.embed(out, tokens, weight_of(weight, format, rows, width)); },
           "out"_a, "tokens"_a, "weight"_a.noconvert(), "format"_a, "rows"_a, "width"_a, nb::keep_alive<1, 4>())
-      .def("weight", &weight, "data"_a.noconvert(), "format"_a, "n_out"_a, "n_in"_a, "bias"_a.noconvert() = nb::none(),
-           "mapped"_a = false, nb::keep_alive<1, 6>(),
-           "A matrix for `linears`, packed or kept in place; its index. mapped: the bytes are a read-only file mapping.")
+      .def(
+          "weight", &weight, "data"_a.noconvert(), "format"_a, "n_out"_a, "n_in"_a, "bias"_a.noconvert() = nb::none(),
+          "mapped"_a = false, nb::keep_alive<1, 6>(),
+          "A matrix for `linears`, packed or kept in place; its index. mapped: the bytes are a read-only file mapping.")
       .def(
           "linears",
           [](Program& p, int x, const std::vector<std::array<int, 4>>& members, const std::optional<Vector>& norm,

@@ -4,8 +4,8 @@
 // sums with k ascending, at any number of rows, so a row's result is bit-equal in any company:
 //   bf16  acc = acc + w[k] x[k] + w[k + 1] x[k + 1], one instruction for a pair
 //   int8  acc = fma(float(sum of a block, exact in int32), scale(w) scale(x), acc), block after block
-// Against exact arithmetic on the rounded activations an output is off by at most (n_in + 2) 2^-24 sum_k |x w|; rounding
-// itself adds 2^-8 |x| per activation for bf16, absmax / 254 of its block for int8 (and an ulp of the scale).
+// Against exact arithmetic on the rounded activations an output is off by at most (n_in + 2) 2^-24 sum_k |x w|;
+// rounding itself adds 2^-8 |x| per activation for bf16, absmax / 254 of its block for int8 (and an ulp of the scale).
 //
 // Few rows: n_out row_bytes from memory, one contiguous stream per thread; 2 n_out n_in flops a row stay below what the
 // stream leaves time for up to about 8 rows. Many rows: a panel (32 outputs, n_in 1024: 64 KiB in bf16) stays in the
@@ -134,8 +134,8 @@ void tile_bf16(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT 
 }
 
 using TileBF16 = void (*)(const uint8_t*, const uint8_t*, int64_t, float*);
-constexpr TileBF16 TILES_BF16[TILE + 1] = {nullptr,       tile_bf16<1>, tile_bf16<2>,  tile_bf16<3>,  tile_bf16<4>,
-                                           tile_bf16<5>,  tile_bf16<6>, tile_bf16<7>,  tile_bf16<8>,  tile_bf16<9>,
+constexpr TileBF16 TILES_BF16[TILE + 1] = {nullptr,       tile_bf16<1>,  tile_bf16<2>, tile_bf16<3>, tile_bf16<4>,
+                                           tile_bf16<5>,  tile_bf16<6>,  tile_bf16<7>, tile_bf16<8>, tile_bf16<9>,
                                            tile_bf16<10>, tile_bf16<11>, tile_bf16<12>};
 
 void round_bf16(const float* x, int64_t n_in, int64_t row, int64_t rows, uint8_t* tile) {

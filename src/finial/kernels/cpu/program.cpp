@@ -152,7 +152,8 @@ int Program::weight(const finial::Linear& weight, bool mapped, std::shared_ptr<c
         const int64_t end = std::min(begin + step, count);
         kernels_->pack(made, out, begin, end);
         const int64_t first = begin * PANEL, last = std::min(end * PANEL, made.n_out);
-        if (mapped) give_back(made.weight + first * made.row_bytes, static_cast<size_t>((last - first) * made.row_bytes));
+        if (mapped)
+          give_back(made.weight + first * made.row_bytes, static_cast<size_t>((last - first) * made.row_bytes));
       }
     });
     made.packed = out;

@@ -57,8 +57,8 @@ struct FloatArray {  // a float32 input or output of a step
 
 enum class Op { RopeTable, Embed, Linears, RmsNorm, Rope, CacheWrite, Attention, SiluMul, Add, SelectRows };
 
-// Products that share their input, which may be normalised first: done once, by each thread for itself when the rows are
-// few, shared out otherwise.
+// Products that share their input, which may be normalised first: done once, by each thread for itself when the rows
+// are few, shared out otherwise.
 struct Linears {
   struct Member {
     int out, weight, second = -1, add = -1;  // second: the output is silu(weight's) * second's; add: a buffer
@@ -83,11 +83,11 @@ struct Instruction {
   Op op;
   int out = -1, a = -1, b = -1;  // buffers
   int ints[4] = {-1, -1, -1, -1};
-  int cache = -1;  // index of a state's cache
-  int table = -1;  // index of a rope table, or of an attention's sequence map
-  int plan = 0;    // index of an attention's plan
-  finial::Linear linear{};  // of embed
-  int linears = -1;         // index of the products
+  int cache = -1;                 // index of a state's cache
+  int table = -1;                 // index of a rope table, or of an attention's sequence map
+  int plan = 0;                   // index of an attention's plan
+  finial::Linear linear{};        // of embed
+  int linears = -1;               // index of the products
   const float* vector = nullptr;  // norm weight [width], or inverse frequencies [width / 2]
   int64_t width = 0;              // of a norm's group, or head_dim
   int64_t group = 0, window = 0;
