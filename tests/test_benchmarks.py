@@ -224,7 +224,11 @@ def test_a_run_interleaves_probes_and_saves(fake: Any) -> None:
     found = ratio(cell, "slow")
     assert found is not None and found.median == pytest.approx(2)
     assert data["verdicts"]["demo/stored"]["top1"] == 1.0
+    assert cell["native"]
     page = render(data)
+    assert "changed under the run" not in page
+    cell["native"] = "another"
+    assert "changed under the run" in render({**data, "cells": {**data["cells"], "demo/stored/2/decode": cell}})
     assert "**2.00 × [2.00, 2.00] slow**" in page and "The machine was busy: 50%" in page and "KL mean 1.0e-05" in page
 
 

@@ -7,6 +7,8 @@ Knows workers, workloads and the record; nothing of any engine's inside, and pri
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import os
 import random
 import time
@@ -261,6 +263,7 @@ class Runner:
             "threads": group.threads,
             "workload": asdict(workload),
             "floor": floor,
+            "native": _native_hash(),
             "engines": {engine.name: {"status": "ok", "samples": []} for engine in engines},
         }
 
@@ -288,6 +291,14 @@ class Runner:
             if row["samples"]
         )
         self._say(f"{group.key} · {workload.name}: {values}")
+
+
+def _native_hash() -> str | None:
+    """Of finial's native module as it is on disk now: a build under a run shows in the record."""
+    found = importlib.util.find_spec("finial._native")
+    if found is None or found.origin is None:
+        return None
+    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()[:12]
 
 
 Clocks = tuple[float, float | None, float | None]  # wall, the machine's processor time, the engine's own; seconds

@@ -99,6 +99,9 @@ def _head(data: dict[str, Any]) -> Iterator[str]:
             f"\n**During {disturbed} of {len(found)} samples something else took more than {DISTURBED:.0%} of the "
             f"machine (median {middle(found):.0%}, most {max(found):.0%}), although each was measured again.**"
         )
+    builds = dict.fromkeys(cell.get("native") for cell in data["cells"].values())
+    if len(builds) > 1:
+        yield f"\n**finial's native module changed under the run: {', '.join(map(str, builds))}.**"
     yield ""
     probes: dict[int, list[dict[str, Any]]] = {}
     for cell in data["cells"].values():
