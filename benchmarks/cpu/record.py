@@ -19,8 +19,8 @@ SCHEMA = 1
 class Record:
     """`data` has: schema, plan, machine, versions, busy, engines, peaks, verdicts, cells.
 
-    A cell: model, format, threads, workload (its fields), floor, native (finial's module, hashed), at, engines: {name: {status, reason, precision,
-    version, warmup, samples: [{round, order, value, first, last, others, before, after}]}}.
+    A cell: model, format, threads, workload (its fields), floor, native (finial's module, hashed), at, engines: {name:
+    {status, reason, precision, version, warmup, samples: [{round, order, value, first, last, others, before, after}]}}.
     """
 
     def __init__(self, path: Path, data: dict[str, Any]) -> None:
