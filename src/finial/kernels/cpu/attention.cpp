@@ -71,7 +71,7 @@ struct RowBF16 {
 struct RowQ8_0 {  // blocks of 32: f16 d, int8 q[32]; d q is exact in float32. Rows are whole blocks, and those pairs
   FINIAL_INLINE void pair(const uint8_t* row, int64_t d, V& a, V& b) {
     const uint8_t* block = row + d / 32 * 34;
-    const V scale = set1(half_to_float(block));
+    const V scale = set1_half(block);
     a = mul(scale, load_i8(block + 2 + d % 32));
     b = mul(scale, load_i8(block + 2 + d % 32 + W));
   }

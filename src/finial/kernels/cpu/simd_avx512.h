@@ -78,6 +78,11 @@ FINIAL_INLINE float half_to_float(const uint8_t* p) {
   std::memcpy(&half, p, 2);
   return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
 }
+FINIAL_INLINE V set1_half(const uint8_t* p) {
+  int16_t half;
+  std::memcpy(&half, p, 2);
+  return _mm512_cvtph_ps(_mm256_set1_epi16(half));
+}
 FINIAL_INLINE V load_i8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }

@@ -173,6 +173,7 @@ FINIAL_INLINE void load_bf16_pair(const uint8_t* p, V& even, V& odd) {
   }
 }
 #endif
+FINIAL_INLINE V set1_half(const uint8_t* p) { return set1(half_to_float(p)); }
 FINIAL_INLINE void part(V a, V b, V& even, V& odd) {
   for (int i = 0; i < W; ++i) {
     even[i] = 2 * i < W ? a[2 * i] : b[2 * i - W];
