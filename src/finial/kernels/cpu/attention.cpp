@@ -29,13 +29,26 @@ constexpr int64_t BLOCK = 64;
 constexpr int64_t STEP = 2 * W;           // elements that a pair of vectors holds
 constexpr int QUERIES = W >= 16 ? 4 : 2;  // as many as accumulators fit the registers
 constexpr int SLICE = W >= 16 ? 4 : 2;    // pairs of value vectors that one query carries
-constexpr int64_t POINTERS = CHUNK_LENGTH * 2 * static_cast<int64_t>(sizeof(const uint8_t*) / sizeof(float));
+constexpr int64_t AHEAD = 32;             // positions from what is computed to what is fetched: the latency of memory
+constexpr int64_t LINE = 64;              // bytes
+constexpr int64_t POINTERS = (CHUNK_LENGTH + AHEAD) * 2 * static_cast<int64_t>(sizeof(const uint8_t*) / sizeof(float));
 
 int64_t padded(int64_t n) { return (n + STEP - 1) / STEP * STEP; }
+
+FINIAL_INLINE void prefetch(const uint8_t* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p);
+#else
+  (void)p;
+#endif
+}
 
 // How a row of keys or values is taken apart: elements [d, d + STEP) as two vectors, in an order of the type's own, in
 // which queries and outputs are kept too.  pair_n  takes the first n of them, the rest zero.
 struct RowF32 {
+  FINIAL_INLINE void fetch(const uint8_t* row, int64_t d) {
+    for (int64_t at = 0; at < STEP * 4; at += LINE) prefetch(row + 4 * d + at);
+  }
   FINIAL_INLINE void pair(const uint8_t* row, int64_t d, V& a, V& b) {
     a = load(reinterpret_cast<const float*>(row) + d);
     b = load(reinterpret_cast<const float*>(row) + d + W);
@@ -50,6 +63,7 @@ struct RowF32 {
 };
 
 struct RowBF16 {
+  FINIAL_INLINE void fetch(const uint8_t* row, int64_t d) { prefetch(row + 2 * d); }
   FINIAL_INLINE void pair(const uint8_t* row, int64_t d, V& a, V& b) { load_bf16_pair(row + 2 * d, a, b); }
   FINIAL_INLINE void pair_n(const uint8_t* row, int64_t d, int64_t n, V& a, V& b) {
     load_bf16_pair_n(row + 2 * d, n, a, b);
@@ -69,6 +83,7 @@ struct RowBF16 {
 };
 
 struct RowQ8_0 {  // blocks of 32: f16 d, int8 q[32]; d q is exact in float32. Rows are whole blocks, and those pairs
+  FINIAL_INLINE void fetch(const uint8_t* row, int64_t d) { prefetch(row + d / 32 * 34); }
   FINIAL_INLINE void pair(const uint8_t* row, int64_t d, V& a, V& b) {
     const uint8_t* block = row + d / 32 * 34;
     const V scale = set1_half(block);
@@ -81,7 +96,7 @@ struct RowQ8_0 {  // blocks of 32: f16 d, int8 q[32]; d q is exact in float32. R
 };
 
 // Elements [d, d + STEP) of Q queries' dot products with W / Q keys; of the first n - d of them if PART.
-template <class Row, int Q, bool PART>
+template <class Row, int Q, bool PART, bool FETCH>
 FINIAL_INLINE void dot_step(const float* q, int64_t stride, const uint8_t* const* keys, int64_t d, int64_t n,
                             V (&acc)[W]) {
   constexpr int KEYS = W / Q;
@@ -94,6 +109,7 @@ FINIAL_INLINE void dot_step(const float* q, int64_t stride, const uint8_t* const
 #pragma GCC unroll 16
   for (int k = 0; k < KEYS; ++k) {
     V a, b;
+    if (FETCH) Row::fetch(keys[k + AHEAD], d);
     if (PART) Row::pair_n(keys[k], d, n - d, a, b);
     if (!PART) Row::pair(keys[k], d, a, b);
 #pragma GCC unroll 4
@@ -104,22 +120,22 @@ FINIAL_INLINE void dot_step(const float* q, int64_t stride, const uint8_t* const
 }
 
 // scores[j][k] = scale * q[j] . keys[k] for Q queries and W / Q keys.
-template <class Row, int Q>
+template <class Row, int Q, bool FETCH>
 void dots(const float* q, int64_t stride, const uint8_t* const* keys, int64_t n, V scale, float* scores) {
   constexpr int KEYS = W / Q;
   V acc[W];
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) acc[i] = zero();
   int64_t d = 0;
-  for (; d + STEP <= n; d += STEP) dot_step<Row, Q, false>(q, stride, keys, d, n, acc);
-  if (d < n) dot_step<Row, Q, true>(q, stride, keys, d, n, acc);
+  for (; d + STEP <= n; d += STEP) dot_step<Row, Q, false, FETCH>(q, stride, keys, d, n, acc);
+  if (d < n) dot_step<Row, Q, true, FETCH>(q, stride, keys, d, n, acc);
   float each[W];
   store(each, mul(sum_each(acc), scale));
   for (int j = 0; j < Q; ++j) std::memcpy(scores + j * CHUNK_LENGTH, each + j * KEYS, KEYS * sizeof(float));
 }
 
 // out[j][e] += sum over i in [from, to), ascending, of p[j][i] values[i][e], for PAIRS pairs of vectors from element d.
-template <class Row, int Q, int PAIRS, bool PART>
+template <class Row, int Q, int PAIRS, bool PART, bool FETCH>
 void weigh(const float* p, const uint8_t* const* values, int64_t from, int64_t to, int64_t d, int64_t n,
            float* const* out) {
   V acc[Q][2 * PAIRS];
@@ -134,6 +150,7 @@ void weigh(const float* p, const uint8_t* const* values, int64_t from, int64_t t
 #pragma GCC unroll 4
     for (int x = 0; x < PAIRS; ++x) {
       V a, b;
+      if (FETCH) Row::fetch(values[i + AHEAD], d + x * STEP);
       if (PART) Row::pair_n(values[i], d + x * STEP, n - d, a, b);
       if (!PART) Row::pair(values[i], d + x * STEP, a, b);
 #pragma GCC unroll 4
@@ -149,18 +166,18 @@ void weigh(const float* p, const uint8_t* const* values, int64_t from, int64_t t
     for (int x = 0; x < 2 * PAIRS; ++x) store(out[j] + d + x * W, acc[j][x]);
 }
 
-template <class Row, int Q>
+template <class Row, int Q, bool FETCH>
 void weigh_rows(const float* p, const uint8_t* const* values, int64_t from, int64_t to, int64_t n, float* const* out) {
   if (from >= to) return;
   constexpr int PAIRS = Q == 4 ? SLICE / 2 : Q == 2 ? (W >= 16 ? SLICE : SLICE / 2) : SLICE;
   int64_t d = 0;
-  for (; d + PAIRS * STEP <= n; d += PAIRS * STEP) weigh<Row, Q, PAIRS, false>(p, values, from, to, d, n, out);
+  for (; d + PAIRS * STEP <= n; d += PAIRS * STEP) weigh<Row, Q, PAIRS, false, FETCH>(p, values, from, to, d, n, out);
   if (PAIRS > 2 && d + 2 * STEP <= n) {
-    weigh<Row, Q, 2, false>(p, values, from, to, d, n, out);
+    weigh<Row, Q, 2, false, FETCH>(p, values, from, to, d, n, out);
     d += 2 * STEP;
   }
-  for (; d + STEP <= n; d += STEP) weigh<Row, Q, 1, false>(p, values, from, to, d, n, out);
-  if (d < n) weigh<Row, Q, 1, true>(p, values, from, to, d, n, out);
+  for (; d + STEP <= n; d += STEP) weigh<Row, Q, 1, false, FETCH>(p, values, from, to, d, n, out);
+  if (d < n) weigh<Row, Q, 1, true, FETCH>(p, values, from, to, d, n, out);
 }
 
 struct Span {  // positions of a chunk that a query sees
@@ -168,7 +185,7 @@ struct Span {  // positions of a chunk that a query sees
 };
 
 // The part of each query's span that lies in [from, to). What the queries have in common is taken together.
-template <class Row, int Q>
+template <class Row, int Q, bool FETCH>
 void weigh_spans(const float* p, const uint8_t* const* values, const Span* spans, int64_t from, int64_t to, int64_t n,
                  float* const* out) {
   Span each[Q];
@@ -180,10 +197,10 @@ void weigh_spans(const float* p, const uint8_t* const* values, const Span* spans
   }
   const bool common = low < high;
   for (int j = 0; j < Q; ++j)
-    weigh_rows<Row, 1>(p + j * CHUNK_LENGTH, values, each[j].from, common ? low : each[j].to, n, out + j);
+    weigh_rows<Row, 1, false>(p + j * CHUNK_LENGTH, values, each[j].from, common ? low : each[j].to, n, out + j);
   if (!common) return;
-  weigh_rows<Row, Q>(p, values, low, high, n, out);
-  for (int j = 0; j < Q; ++j) weigh_rows<Row, 1>(p + j * CHUNK_LENGTH, values, high, each[j].to, n, out + j);
+  weigh_rows<Row, Q, FETCH>(p, values, low, high, n, out);
+  for (int j = 0; j < Q; ++j) weigh_rows<Row, 1, false>(p + j * CHUNK_LENGTH, values, high, each[j].to, n, out + j);
 }
 
 struct Softmax {
@@ -245,32 +262,59 @@ int64_t place(const Attention& a, const AttentionPiece& piece, int64_t j) {
   return ((row * a.cache.kv_heads + piece.head) * a.group + j % a.group) * a.cache.head_dim;
 }
 
-// Where the keys and values of chunk positions [from, to) lie; the rest of each vector's worth of them repeats one.
-void locate(const Attention& a, const AttentionPiece& piece, int64_t base, int64_t from, int64_t to,
-            const uint8_t** keys, const uint8_t** values) {
+// Where the keys of positions [from, to) of a piece's sequence lie; the values are run_bytes further.
+void locate(const Attention& a, const AttentionPiece& piece, int64_t from, int64_t to, const uint8_t** keys) {
   const int32_t* pages = a.pages + a.sequence[piece.row] * a.pages_per_sequence;
-  const int64_t row_bytes = a.cache.row_bytes(), run_bytes = a.cache.run_bytes();
-  int64_t i = from, page = (base + from) / a.cache.page_size, at = (base + from) % a.cache.page_size;
-  for (; i < to; ++page, at = 0) {
+  const int64_t row_bytes = a.cache.row_bytes();
+  int64_t page = from / a.cache.page_size, at = from % a.cache.page_size;
+  for (; from < to; ++page, at = 0) {
     const uint8_t* run = a.cache.keys(pages[page], piece.head) + at * row_bytes;
-    const int64_t count = a.cache.page_size - at < to - i ? a.cache.page_size - at : to - i;
-    for (int64_t k = 0; k < count; ++k, ++i, run += row_bytes) keys[i] = run, values[i] = run + run_bytes;
+    for (; at < a.cache.page_size && from < to; ++at, ++from, run += row_bytes) *keys++ = run;
   }
-  for (; i % W != 0; ++i) keys[i] = keys[to - 1];
-  for (i = from; i % W != 0; --i) keys[i - 1] = keys[from];
 }
 
-template <class Row, int Q>
+// Keys and values of chunk positions [from, to), in the order in which they are read: AHEAD beyond the last key come
+// the first values, beyond the last value the next chunk's first keys. So entry i + AHEAD is what to fetch at entry i.
+// The keys that fill up a vector before from and after to are any that may be read.
+void locate_chunk(const Attention& a, const AttentionPiece& piece, int64_t base, int64_t from, int64_t to, int64_t next,
+                  const uint8_t** keys, const uint8_t** values) {
+  locate(a, piece, base + from, base + to, keys + from);
+  for (int64_t i = from; i < to; ++i) values[i] = keys[i] + a.cache.run_bytes();
+  locate(a, piece, base + to, base + to + next, values + to);
+  for (int64_t i = to + next; i < to + AHEAD; ++i) values[i] = values[to - 1];
+  const int64_t stop = (to + W - 1) / W * W + AHEAD;
+  for (int64_t i = to; i < stop; ++i) keys[i] = values[from + i - to < to + AHEAD ? from + i - to : to + AHEAD - 1];
+  for (int64_t i = from; i % W != 0; --i) keys[i - 1] = keys[from];
+}
+
+template <class Row, int Q, bool FETCH>
 void score_block(const float* q, int64_t stride, const uint8_t* const* keys, int64_t from, int64_t to, int64_t n,
                  V scale, float* scores) {
-  for (int64_t i = from; i < to; i += W / Q) dots<Row, Q>(q, stride, keys + i, n, scale, scores + i);
+  for (int64_t i = from; i < to; i += W / Q) dots<Row, Q, FETCH>(q, stride, keys + i, n, scale, scores + i);
+}
+
+template <int Q>
+struct Count {
+  static constexpr int value = Q;
+};
+
+// f(j, how many) for the queries QUERIES at a time, then two, then one.
+template <class F>
+void by_count(int64_t queries, const F& f) {
+  int64_t j = 0;
+  for (; j + QUERIES <= queries; j += QUERIES) f(j, Count<QUERIES>());
+  if (QUERIES > 2 && j + 2 <= queries) {
+    f(j, Count<2>());
+    j += 2;
+  }
+  if (j < queries) f(j, Count<1>());
 }
 
 template <class Row>
 void piece_of(const Attention& a, const AttentionPiece& piece, float* partial, float* scratch) {
   const int64_t n = a.cache.head_dim, stride = padded(n), queries = piece.rows * a.group;
-  const uint8_t** keys = reinterpret_cast<const uint8_t**>(scratch);             // [CHUNK_LENGTH]
-  const uint8_t** values = keys + CHUNK_LENGTH;                                  // [CHUNK_LENGTH]
+  const uint8_t** keys = reinterpret_cast<const uint8_t**>(scratch);             // [CHUNK_LENGTH + AHEAD]
+  const uint8_t** values = keys + CHUNK_LENGTH + AHEAD;                          // [CHUNK_LENGTH + AHEAD]
   float* q = scratch + POINTERS;                                                 // [queries, stride]
   float* sums = q + queries * stride;                                            // [queries, stride]
   float* added = sums + queries * stride;                                        // [queries, stride]
@@ -287,6 +331,8 @@ void piece_of(const Attention& a, const AttentionPiece& piece, float* partial, f
     for (int64_t d = 0; d < stride; d += STEP) Row::arrange(to + d);
     state[j] = {0, 0};
   }
+  int64_t final = 0;  // the last position that any row sees
+  for (int64_t r = piece.row; r < piece.row + piece.rows; ++r) final = a.positions[r] > final ? a.positions[r] : final;
   const V scale = set1(a.scale);
   for (int64_t chunk = piece.begin; chunk < piece.end; ++chunk) {
     const int64_t base = chunk * CHUNK_LENGTH;
@@ -310,30 +356,31 @@ void piece_of(const Attention& a, const AttentionPiece& piece, float* partial, f
       fresh[j] = {0, 0};
     }
     if (from < to) {
-      locate(a, piece, base, from, to, keys, values);
+      int64_t next = 0;
+      if (to == CHUNK_LENGTH && chunk + 1 < piece.end) next = final - base - CHUNK_LENGTH + 1;
+      locate_chunk(a, piece, base, from, to, next < AHEAD ? next : AHEAD, keys, values);
+      for (int64_t i = from; chunk == piece.begin && i < to && i < from + AHEAD; ++i)
+        for (int64_t at = 0; at < a.cache.row_bytes(); at += LINE) prefetch(keys[i] + at);
       const int64_t start = from / W * W, stop = (to + W - 1) / W * W;
       for (int64_t block = start; block < stop; block += BLOCK) {
         const int64_t end = block + BLOCK < stop ? block + BLOCK : stop;
-        int64_t j = 0;
-        if (QUERIES == 4)
-          for (; j + 4 <= queries; j += 4)
-            score_block<Row, QUERIES>(q + j * stride, stride, keys, block, end, n, scale, scores + j * CHUNK_LENGTH);
-        for (; j + 2 <= queries; j += 2)
-          score_block<Row, 2>(q + j * stride, stride, keys, block, end, n, scale, scores + j * CHUNK_LENGTH);
-        if (j < queries)
-          score_block<Row, 1>(q + j * stride, stride, keys, block, end, n, scale, scores + j * CHUNK_LENGTH);
+        by_count(queries, [&](int64_t j, auto count) {
+          constexpr int Q = decltype(count)::value;
+          float* to = scores + j * CHUNK_LENGTH;
+          if (j == 0) score_block<Row, Q, true>(q, stride, keys, block, end, n, scale, to);
+          if (j != 0) score_block<Row, Q, false>(q + j * stride, stride, keys, block, end, n, scale, to);
+        });
       }
       for (int64_t j = 0; j < queries; ++j)
         if (spans[j].from < spans[j].to) fresh[j] = soften(scores + j * CHUNK_LENGTH, spans[j], start, stop);
       for (int64_t block = from; block < to; block += BLOCK) {
         const int64_t end = block + BLOCK < to ? block + BLOCK : to;
-        int64_t j = 0;
-        if (QUERIES == 4)
-          for (; j + 4 <= queries; j += 4)
-            weigh_spans<Row, QUERIES>(scores + j * CHUNK_LENGTH, values, spans + j, block, end, n, targets + j);
-        for (; j + 2 <= queries; j += 2)
-          weigh_spans<Row, 2>(scores + j * CHUNK_LENGTH, values, spans + j, block, end, n, targets + j);
-        if (j < queries) weigh_spans<Row, 1>(scores + j * CHUNK_LENGTH, values, spans + j, block, end, n, targets + j);
+        by_count(queries, [&](int64_t j, auto count) {
+          constexpr int Q = decltype(count)::value;
+          const float* p = scores + j * CHUNK_LENGTH;
+          if (j == 0) weigh_spans<Row, Q, true>(p, values, spans, block, end, n, targets);
+          if (j != 0) weigh_spans<Row, Q, false>(p, values, spans + j, block, end, n, targets + j);
+        });
       }
     }
     for (int64_t j = 0; j < queries; ++j) {
