@@ -576,7 +576,7 @@ def test_doctor_on_another_machine(call: Call, monkeypatch: pytest.MonkeyPatch) 
 
 def test_convert_and_run_what_came_out(call: Call, tmp_path: Path) -> None:
     demo, out = str(Path(finial.__file__).parent / "demo"), tmp_path / "demo-q8_0.gguf"
-    code, text, errors = call("convert", demo, str(out), "--format", "q8_0")
+    code, text, errors = call("convert", "demo", str(out), "--format", "q8_0")
     assert (code, text) == (0, f"{out}\n") and "MB in" in errors
     code, text, _ = call("run", str(out), "To be", "-n", "12", *GREEDY)
     assert code == 0 and text.strip()

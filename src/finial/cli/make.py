@@ -38,7 +38,9 @@ def pull(
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A model directory, .gguf or .pth file.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A model directory, .gguf or .pth file, or MODEL's name.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A .gguf file, or a directory for safetensors.")],
     format: Annotated[
         str | None, typer.Option(help="bf16, f16, f32, for GGUF also q8_0, q4_0 (default: as stored).")
@@ -49,11 +51,15 @@ def convert(
 ) -> None:
     """Rewrite a model: safetensors, GGUF and PyTorch's .pth into safetensors or GGUF."""
     from finial.files.convert import convert as rewrite
+    from finial.files.hub import resolve
 
+    path = Path(source).expanduser()
+    if not path.exists():
+        path = resolve(source)
     started = time.perf_counter()
     with console.progress(out.name) as report:
         path = rewrite(
-            source,
+            path,
             out,
             format,
             config=config,
