@@ -16,11 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import test_ops
-from finial import _native
-from finial.backends.cpu import CpuBackend, create
+from finial import _native, names
+from finial.backends.cpu import CpuBackend, create, is_mapped
+from finial.config import ModelConfig
 from finial.errors import BackendError
 from finial.formats import FORMATS, Tensor
-from finial.graph import Graph
+from finial.graph import Graph, single_step
+from finial.models.decoder import build_graph, constants
 
 ISAS = _native.isas_available()
 on_every_isa = pytest.mark.parametrize("isa", ISAS)
@@ -345,6 +347,109 @@ def resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def decoder(hidden: int = 64, layers: int = 3, format: str = "bf16") -> tuple[Graph, dict[str, Tensor]]:
+    """A decoder of Qwen3's shape with random weights."""
+    config = config_of(hidden, layers)
+    shapes = names.weight_shapes(config)
+    weights = {
+        name: Tensor.from_array(normal(*shape, seed=at) * 0.1) for at, (name, shape) in enumerate(shapes.items())
+    }
+    weights = {name: t.to(format) if len(t.shape) == 2 else t for name, t in weights.items()}
+    weights |= {name: Tensor.from_array(array) for name, array in constants(config).items()}
+    return build_graph(config), weights
+
+
+def config_of(hidden: int, layers: int) -> ModelConfig:
+    return ModelConfig.from_hf(
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "vocab_size": 96,
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 256,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": True,
+            "hidden_act": "silu",
+        }
+    )
+
+
+def test_six_barriers_a_layer() -> None:
+    graph, weights = decoder(layers=10)
+    assert CpuBackend(2).compile(graph, weights)._native.barriers <= 6 * 10 + 3
+
+
+@on_every_isa
+@pytest.mark.parametrize("format", ["bf16", "q8_0", "f16"])
+def test_gathered_products_change_no_bit(isa: str, format: str) -> None:
+    """Norms, additions and gates done with a product against each as an instruction of its own: outputs keep it so."""
+    graph, weights = decoder(format=format)
+    apart = Graph.from_json(graph.to_json())
+    for node in graph.nodes:
+        if node.op not in ("cache_write", "embed", "attention") and node.outputs[0] not in apart.outputs:
+            apart.output(apart.values[node.outputs[0]])
+    for rows in (1, 5, 40):
+        step = single_step(list(range(rows)), 64, wanted=[rows - 1]).feeds()
+        results = []
+        for which in (graph, apart):
+            program = CpuBackend(2, isa).compile(which, weights)
+            results.append((program._native.instructions, program.run(step, program.new_state(1, 64))[0]))
+        assert results[0][0] < results[1][0]
+        assert np.array_equal(bits(results[0][1]), bits(results[1][1]))
+
+
+def test_packed_weights_give_their_file_pages_back(tmp_path: Path) -> None:
+    """Only of a read-only map, whose bytes come back from the file; the table of an embedding stays readable."""
+    tensor = random_tensor("bf16", 8192, 1024)
+    (tmp_path / "weights").write_bytes(bytes(7) + tensor.data.tobytes())
+    mapped = np.memmap(tmp_path / "weights", np.uint8, "r")[7:]
+    writable = np.memmap(tmp_path / "weights", np.uint8, "c")[7:]
+    assert is_mapped(mapped) and not is_mapped(writable) and not is_mapped(tensor.data)
+    x, results = normal(3, 1024), []
+    for data in (mapped, writable, tensor.data):
+        held = Tensor("bf16", tensor.shape, data)
+        before = resident()
+        program = CpuBackend(2).compile(linear_graph(8192, 1024), {"w": held})
+        if data is mapped and _native.activations("bf16") != "f32":
+            assert resident() - before < 1.15 * tensor.nbytes + (4 << 20)
+        results.append(program.run({"x": x}, program.new_state(0, 1))[0])
+        assert np.array_equal(data, tensor.data)
+    assert np.array_equal(bits(results[0]), bits(results[1])) and np.array_equal(bits(results[0]), bits(results[2]))
+
+
+def test_profile() -> None:
+    graph, weights = decoder()
+    program = CpuBackend(2).compile(graph, weights)
+    state, step = program.new_state(1, 64), single_step([1, 2, 3], 64).feeds()
+    assert program.timings() == []
+    quiet = program.run(step, state)[0]
+    program.profile(True)
+    for _ in range(3):
+        assert np.array_equal(bits(program.run(step, state)[0]), bits(quiet))
+    rows = {row.what: row for row in program.timings()}
+    assert rows["embed"].calls == 3 and rows["attention"].calls == 9
+    head = next(row for what, row in rows.items() if what.endswith("> 96"))
+    assert head.bytes == 3 * weights["model.embed_tokens.weight"].nbytes and head.seconds > 0 <= head.waiting
+    program.profile(False)
+    program.run(step, state)
+    assert program.timings() == []
+
+
+def test_an_activation_that_is_no_number_is_not_hidden() -> None:
+    for format in ("bf16", "q8_0", "q4_0"):
+        x = normal(3, 64)
+        x[1, 40] = np.nan
+        x[2, 3] = np.inf
+        got = compute(linear_graph(5, 64), {"w": random_tensor(format, 5, 64)}, {"x": x})
+        assert np.isfinite(got[0]).all() and not np.isfinite(got[1:]).any()
+
+
 # --- threads --------------------------------------------------------------------------------------------------------
 
 
@@ -433,6 +538,15 @@ def test_cores_and_features() -> None:
     assert create(None).threads == cores["physical"] and create(5).threads == 5
     assert ISAS[0] == "baseline" and _native.isa() in ISAS
     assert ("avx2" in ISAS) <= _native.cpu_features()["avx2"]
+
+
+def test_peak_flops() -> None:
+    assert 0.1 < _native.peak_flops(1, "f32", 0.02) < 100_000
+    for kind in {_native.activations(format) for format in ("bf16", "q8_0")}:
+        assert _native.peak_flops(2, kind, 0.02) > 0.1
+    for bad in ((0, "f32"), (1, "f8")):
+        with pytest.raises(ValueError, match="peak_flops"):
+            _native.peak_flops(*bad)
 
 
 def test_read_bandwidth() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,23 @@ class _Slots:
 
     def give(self, value: Value, slot: int) -> None:
         self._free.setdefault(value.shape, []).append(slot)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one kind of instruction took on the first thread.
+
+    Attributes:
+        what: operations and widths, as "norm + linear 1024 > 2048, 1024".
+        bytes: of weights that all calls read.
+        seconds: of work; waiting: at the barriers before it, for slower threads.
+    """
+
+    what: str
+    calls: int
+    bytes: int
+    seconds: float
+    waiting: float
 
 
 class CpuProgram:
@@ -103,6 +121,20 @@ class CpuProgram:
         except ValueError as error:
             raise BackendError(str(error)) from error
         return [made[name] if name in made else np.array(feeds[name]) for name in self._graph.outputs]
+
+    def profile(self, on: bool) -> None:
+        """From now on note what each instruction of a step takes, from zero; or stop noting."""
+        self._native.profile(on)
+
+    def timings(self) -> list[Timing]:
+        """What was noted, instructions of a kind together, in the order of the step."""
+        kinds: dict[str, Timing] = {}
+        for what, size, calls, seconds, waiting in self._native.timings():
+            t = kinds.get(what, Timing(what, 0, 0, 0.0, 0.0))
+            kinds[what] = Timing(
+                what, t.calls + calls, t.bytes + size * calls, t.seconds + seconds, t.waiting + waiting
+            )
+        return list(kinds.values())
 
     # --- lowering -----------------------------------------------------------------------------------------------------
 

@@ -39,4 +39,27 @@ double read_bandwidth(int threads, int64_t bytes, double seconds) {
   return static_cast<double>(count) * sizeof(float) / best / 1e9;
 }
 
+double peak_flops(int threads, Rounding kind, double seconds) {
+  if (threads < 1 || !(seconds >= 0) || seconds > 600)
+    throw std::invalid_argument("peak_flops: threads must be at least 1, seconds 0 to 600");
+  const Kernels* kernels = find_kernels("");
+  float sink = 0;
+  const int64_t once = kernels->peak(kind, 1, &sink);
+  if (once == 0) throw std::invalid_argument("peak_flops: this instruction set multiplies nothing of that kind");
+  Pool pool(threads);
+  const int64_t rounds = std::max<int64_t>(1, 20'000'000 / once);
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point first = Clock::now();
+  double best = 1e300;
+  for (int pass = 0; pass < 3 || std::chrono::duration<double>(Clock::now() - first).count() < seconds; ++pass) {
+    const Clock::time_point start = Clock::now();
+    pool.run([&](int) {
+      float ignored = 0;
+      kernels->peak(kind, rounds, &ignored);
+    });
+    best = std::min(best, std::chrono::duration<double>(Clock::now() - start).count());
+  }
+  return static_cast<double>(once * rounds * threads) / best / 1e9;
+}
+
 }  // namespace finial

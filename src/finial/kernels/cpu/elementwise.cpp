@@ -19,6 +19,7 @@ Rounding rounding(Format);
 void pack(const Linear&, uint8_t* panels, int64_t begin, int64_t end);
 void round_row(Rounding, const float* x, int64_t n_in, int64_t row, int64_t rows, uint8_t* tile);
 void multiply(const Product&, int64_t begin, int64_t end);
+int64_t peak(Rounding, int64_t rounds, float* sink);
 int64_t attention_scratch(int64_t head_dim, int64_t queries);
 int64_t attention_partial(int64_t head_dim);
 void attention(const Attention&, const AttentionPiece&, float* partial, float* scratch);
@@ -157,6 +158,7 @@ const Kernels kernels = {FINIAL_TEXT(FINIAL_ISA),
                          pack,
                          round_row,
                          multiply,
+                         peak,
                          decode,
                          attention,
                          attention_merge,

@@ -98,6 +98,8 @@ struct Kernels {
   // Row `row` of a tile of `rows` rows, into the tile.
   void (*round)(Rounding, const float* x, int64_t n_in, int64_t row, int64_t rows, uint8_t* tile);
   void (*multiply)(const Product&, int64_t begin, int64_t end);  // panels begin <= i < end
+  // Nothing but the multiplying instruction, on registers, `rounds` times; returns the operations done, 0 without one.
+  int64_t (*peak)(Rounding, int64_t rounds, float* sink);
   // n elements, the start on a block boundary and n whole blocks.
   void (*decode)(Format, const uint8_t* source, int64_t n, float* out);
   // partial null: the piece holds every chunk that its rows see, and their outputs are written. Otherwise each chunk

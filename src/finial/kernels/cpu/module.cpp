@@ -6,6 +6,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "bandwidth.h"
@@ -154,6 +155,16 @@ void bind_program(nb::module_& m) {
       .def("silu_mul", &Program::silu_mul, "out"_a, "gate"_a, "up"_a)
       .def("add", &Program::add, "out"_a, "a"_a, "b"_a)
       .def("select_rows", &Program::select_rows, "out"_a, "x"_a, "rows"_a)
+      .def("profile", &Program::profile, "on"_a, "Note, from zero, what each instruction takes; or stop that.")
+      .def(
+          "timings",
+          [](Program& p) {
+            std::vector<std::tuple<std::string, int64_t, int64_t, double, double>> rows;
+            for (const Timing& t : p.timings()) rows.emplace_back(t.what, t.bytes, t.calls, t.seconds, t.waiting);
+            return rows;
+          },
+          "Each instruction: what, bytes of weights per call, calls, seconds of work, seconds at the barrier before "
+          "it.")
       .def("new_state", &Program::new_state, "pages"_a, "page_size"_a)
       .def("run", &run, "sizes"_a, "ints"_a.noconvert(), "inputs"_a.noconvert(), "outputs"_a.noconvert(), "state"_a,
            "One step, without the interpreter's lock. ValueError names an input that points outside its arrays.");
@@ -205,6 +216,18 @@ NB_MODULE(_native, m) {
   m.def("read_bandwidth", &read_bandwidth, "threads"_a, "bytes"_a, "seconds"_a,
         nb::call_guard<nb::gil_scoped_release>(),
         "Measured read bandwidth in GB/s (1e9): the fastest of several passes over a buffer of `bytes`.");
+  m.def(
+      "peak_flops",
+      [](int threads, const std::string& kind, double seconds) {
+        const Rounding wanted = kind == "bf16" ? Rounding::BF16 : kind == "int8" ? Rounding::INT8 : Rounding::None;
+        if (wanted == Rounding::None && kind != "f32")
+          throw std::invalid_argument("peak_flops: kind is f32, bf16 or int8, not " + kind);
+        nb::gil_scoped_release release;
+        return peak_flops(threads, wanted, seconds);
+      },
+      "threads"_a, "kind"_a, "seconds"_a = 0.3,
+      "Measured peak of the multiply-add instruction that products use, GFLOP/s (1e9; two a multiply-add): the fastest "
+      "of several passes over registers. kind: f32, bf16 or int8; ValueError where there is no such instruction.");
   m.def(
       "exp",
       [](const Vector& x, const Out& y, const std::string& isa) {

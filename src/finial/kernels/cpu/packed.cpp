@@ -29,6 +29,48 @@ Rounding rounding(Format format) {
   return Rounding::None;
 }
 
+namespace {
+
+constexpr int CHAINS = W == 16 ? 16 : 10;  // enough to hide the latency of a multiply-add, few enough for the registers
+
+// 64 rounds over independent chains; `step` adds one product to one of them.
+template <class T, class F>
+FINIAL_INLINE T chains(int64_t rounds, T start, F step, T (*together)(T, T)) {
+  T acc[CHAINS];
+  for (T& a : acc) a = start;
+  for (int64_t i = 0; i < rounds * 64; ++i)
+    for (T& a : acc) a = step(a);
+  T all = acc[0];
+  for (int i = 1; i < CHAINS; ++i) all = together(all, acc[i]);
+  return all;
+}
+
+}  // namespace
+
+int64_t peak(Rounding kind, int64_t rounds, float* sink) {
+  const int64_t steps = rounds * 64 * CHAINS;
+  V one = set1(*sink + 1.0f), half = set1(*sink + 0.5f);
+#if defined(FINIAL_PACKS_BF16)
+  if (kind == Rounding::BF16) {
+    const V y = chains(rounds, zero(), [&](V a) { return dot_bf16(a, load_i(&one), load_i(&half)); }, add);
+    *sink = sum(y);
+    return steps * W * 4;
+  }
+#endif
+#if defined(FINIAL_PACKS_INT8)
+  if (kind == Rounding::INT8) {
+    const I x = load_i(&one), y = load_i(&half);
+    const I s = chains(rounds, x, [&](I a) { return dot_q4(a, x, y); }, add_i);
+    *sink = sum(to_floats(s));
+    return steps * W * 8;
+  }
+#endif
+  if (kind != Rounding::None) return 0;
+  const V y = chains(rounds, zero(), [&](V a) { return fma(a, half, one); }, add);
+  *sink = sum(y);
+  return steps * W * 2;
+}
+
 #if !defined(FINIAL_PACKS_INT8)
 
 void pack(const Linear&, uint8_t*, int64_t, int64_t) {}
@@ -115,6 +157,13 @@ void tile_int8(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT 
 
 #if defined(FINIAL_PACKS_BF16)
 
+constexpr int64_t AHEAD = 2048;
+
+FINIAL_INLINE void prefetch(const uint8_t* p) {  // a pair of inputs of a panel: 128 bytes
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(p) + 64, _MM_HINT_T0);
+}
+
 template <int M>
 void tile_bf16(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT x, int64_t n_in,
                float* FINIAL_RESTRICT c) {
@@ -123,6 +172,7 @@ void tile_bf16(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT 
     for (int v = 0; v < NV; ++v) acc[r][v] = zero();
   for (int64_t k = 0; k < n_in; k += 2, w += PANEL * 4, x += 4 * M) {
     I weight[NV];
+    if (M >= 6) prefetch(w + AHEAD);  // the arithmetic fills the out-of-order window: memory would be asked too late
     for (int v = 0; v < NV; ++v) weight[v] = load_i(w + v * W * 4);
     for (int r = 0; r < M; ++r) {
       const I pair = broadcast(x + 4 * r);

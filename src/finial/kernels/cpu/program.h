@@ -79,6 +79,15 @@ struct Split {
   }
 };
 
+// What an instruction took since profiling began, on thread 0.
+struct Timing {
+  std::string what;   // operation and widths
+  int64_t bytes = 0;  // of weights that a call reads
+  int64_t calls = 0;
+  double seconds = 0;  // its own work, waits inside it included
+  double waiting = 0;  // at the barrier in front of it
+};
+
 struct Instruction {
   Op op;
   int out = -1, a = -1, b = -1;  // buffers
@@ -123,6 +132,11 @@ class Program {
   State new_state(int64_t pages, int64_t page_size) const { return State(caches_, pages, page_size); }
   const std::vector<Instruction>& instructions() const { return code_; }
   const Kernels& kernels() const { return *kernels_; }
+
+  // From now on each step notes what its instructions take, from zero; false ends that. A step costs some microseconds
+  // more while it does.
+  void profile(bool on);
+  std::vector<Timing> timings();
 
   // One step. sizes: rows per dimension; ints, inputs and outputs in the order in which they were declared.
   void run(const std::vector<int64_t>& sizes, const std::vector<IntArray>& ints, const std::vector<FloatArray>& inputs,
@@ -203,6 +217,7 @@ class Program {
   std::vector<int32_t> sequence_;                 // [maps][rows]: the sequence of a row
   std::unique_ptr<std::atomic<int64_t>[]> next_;  // [instructions]: the next item that nobody has taken
   size_t counters_ = 0;
+  std::vector<Timing> timings_;  // [instructions] while profiling, else empty
 };
 
 }  // namespace finial

@@ -1,6 +1,7 @@
 // Running a program: checks what the step brings, reserves memory, then every thread walks the instructions and takes
 // its share of each. A barrier stands only where the builder found that one instruction needs another's result.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -31,6 +32,8 @@ namespace {
 [[noreturn]] void reject(const std::string& message) { throw std::invalid_argument(message); }
 
 int64_t rounded(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
+using Clock = std::chrono::steady_clock;
 
 constexpr int64_t LINE = 16;  // floats in a cache line: shares end on these, so that no line has two writers
 
@@ -216,12 +219,62 @@ void Program::run(const std::vector<int64_t>& sizes, const std::vector<IntArray>
   }
   check_step(step);
   reserve(step);
+  const bool timed = !timings_.empty();
   pool_->run([&](int thread) {
+    if (timed && thread == 0) {
+      for (size_t at = 0; at < code_.size(); ++at) {
+        const Clock::time_point start = Clock::now();
+        if (code_[at].barrier) pool_->barrier();
+        const Clock::time_point begin = Clock::now();
+        execute(code_[at], step, thread);
+        Timing& t = timings_[at];
+        t.calls += 1;
+        t.waiting += std::chrono::duration<double>(begin - start).count();
+        t.seconds += std::chrono::duration<double>(Clock::now() - begin).count();
+      }
+      return;
+    }
     for (const Instruction& i : code_) {
       if (i.barrier) pool_->barrier();
       execute(i, step, thread);
     }
   });
+}
+
+void Program::profile(bool on) {
+  static const char* const NAMES[] = {"rope table",  "embed",     "linear",   "norm", "rope",
+                                      "cache write", "attention", "silu mul", "add",  "select"};
+  std::lock_guard<std::mutex> lock(running_);
+  timings_.clear();
+  for (const Instruction& i : code_) {
+    if (!on) break;
+    Timing t;
+    t.what = NAMES[static_cast<int>(i.op)];
+    if (i.op == Op::Linears) {
+      const Linears& p = linears_[static_cast<size_t>(i.linears)];
+      t.what =
+          (p.norm != nullptr ? "norm + linear " : "linear ") + std::to_string(buffers_[static_cast<size_t>(p.x)].width);
+      const char* sign = " > ";
+      for (const Linears::Member& m : p.members) {
+        const finial::Linear& l = weights_[static_cast<size_t>(m.weight)];
+        t.bytes += l.n_out * l.row_bytes;
+        t.what += sign + std::to_string(l.n_out);
+        sign = ", ";
+        if (m.second >= 0) {
+          const finial::Linear& up = weights_[static_cast<size_t>(m.second)];
+          t.bytes += up.n_out * up.row_bytes;
+          t.what += " gated";
+        }
+        if (m.add >= 0) t.what += " + add";
+      }
+    }
+    timings_.push_back(std::move(t));
+  }
+}
+
+std::vector<Timing> Program::timings() {
+  std::lock_guard<std::mutex> lock(running_);
+  return timings_;
 }
 
 // The input of products as they take it: normalised, rounded. Few rows: every thread makes its own, which is cheaper

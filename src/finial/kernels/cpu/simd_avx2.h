@@ -135,6 +135,7 @@ FINIAL_INLINE I broadcast(const void* p) {
   std::memcpy(&word, p, 4);
   return _mm256_set1_epi32(word);
 }
+FINIAL_INLINE I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
 FINIAL_INLINE I start_q8(int32_t) { return _mm256_setzero_si256(); }
 FINIAL_INLINE I start_q4(int32_t offset) { return _mm256_set1_epi32(offset); }
 // Pairs of bytes are summed in 16 bits: |q| <= 128 times |x| <= 127 twice is 32512, so nothing saturates.

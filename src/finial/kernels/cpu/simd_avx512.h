@@ -122,6 +122,7 @@ FINIAL_INLINE I broadcast(const void* p) {
   std::memcpy(&word, p, 4);
   return _mm512_set1_epi32(word);
 }
+FINIAL_INLINE I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
 FINIAL_INLINE I start_q8(int32_t offset) { return _mm512_set1_epi32(offset * 16); }
 FINIAL_INLINE I start_q4(int32_t offset) { return _mm512_set1_epi32(offset); }
 FINIAL_INLINE I dot_q8(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
