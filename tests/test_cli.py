@@ -206,6 +206,15 @@ def test_stats_go_to_standard_error(call: Call, greedy_text: str) -> None:
     assert "\x1b" not in errors
 
 
+def test_profile_says_where_the_time_went(call: Call, greedy_text: str) -> None:
+    _, text, errors = call("run", "-p", "To be", "-n", "40", *GREEDY, "--profile")
+    assert text == greedy_text.removesuffix("\n") + "\n"
+    for word in ("profile", "norm + linear", "gated", "attention", "waiting", "GB/s"):
+        assert word in errors
+    _, _, errors = call("run", "-p", "To be", "-n", "1", *GREEDY, "--backend", "reference", "--profile")
+    assert re.search(r"steps +unavailable", errors)
+
+
 def test_stats_say_what_is_unavailable(call: Call) -> None:
     _, _, errors = call("run", "-p", "To be", "-n", "1", *GREEDY, "--backend", "reference", "--stats")
     assert re.search(r"decode +unavailable", errors) and re.search(r"roofline +unavailable", errors)
@@ -240,7 +249,8 @@ def test_a_reencoded_model_is_held_against_the_stored_one_too(call: Call) -> Non
     _, text, _ = call("run", "-p", "To be", "-n", "24", "--seed", "1", "--format", "q4_0", "--json", "--verify")
     same, stored = json.loads(text)["verdicts"]
     assert "same" in same["weights"] and "stored" in stored["weights"]
-    assert stored["verdict"]["kl_mean"] > 100 * same["verdict"]["kl_mean"]
+    # Against the same weights only the rounding of activations shows, against the stored ones that of the weights too.
+    assert stored["verdict"]["kl_mean"] > 10 * same["verdict"]["kl_mean"]
 
 
 def test_sampling_comes_from_the_model_unless_told() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from finial.backends import Backend, Program, get_backend
+from finial.backends import Backend, Program, Timing, get_backend
 from finial.errors import BackendError
 from finial.formats import Tensor
 from finial.graph import Graph, Node, Step
@@ -80,6 +80,19 @@ class Executable:
             inputs = {value.name: feeds[value.name] for value in segment.graph.of_kind("input")}
             feeds.update(zip(segment.carries, program.run(inputs, state), strict=True))
         return feeds[self.graph.outputs[0]]
+
+    def profile(self, on: bool) -> None:
+        """From now on note what each instruction of a step takes, from zero; or stop noting.
+
+        Only the cpu backend notes anything.
+        """
+        for program in self._programs:
+            if hasattr(program, "profile"):
+                program.profile(on)
+
+    def timings(self) -> list[Timing]:
+        """What was noted, in the order of the step."""
+        return [row for program in self._programs if hasattr(program, "timings") for row in program.timings()]
 
 
 def compile_graph(

@@ -19,6 +19,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from finial.backends import Timing
 from finial.config import ModelConfig
 from finial.cost import kv_bytes_per_token
 from finial.engine.generate import Engine
@@ -131,6 +132,7 @@ class LLM:
             page_size=page_size,
         )
         executable = compile_graph(graph, {**weights, **constants(config)}, backend, threads)
+        self._executable = executable
         self._text = checkpoint.text() if _has_tokenizer(checkpoint) else None
         ends = (*checkpoint.generation.eos_ids, *(self._text.eos_ids if self._text is not None else ()))
         self._engine = Engine(
@@ -164,6 +166,14 @@ class LLM:
             generation=checkpoint.generation,
             tokenizer=self._text is not None,
         )
+
+    def profile(self, on: bool = True) -> None:
+        """From now on note what each operation of a step takes, from zero; or stop noting.  See `timings`."""
+        self._executable.profile(on)
+
+    def timings(self) -> list[Timing]:
+        """What was noted since `profile()`, in the order of a step; nothing but on the cpu backend."""
+        return self._executable.timings()
 
     @property
     def tokenizer(self) -> Text:
@@ -301,6 +311,7 @@ class LLM:
     def close(self) -> None:
         """Cancel everything and let go of the model.  A second call does nothing."""
         self._engine.close()
+        self.__dict__.pop("_executable", None)
 
     def __enter__(self) -> LLM:
         return self

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,23 @@ import numpy as np
 from finial.errors import BackendError
 from finial.formats import Tensor
 from finial.graph import Graph, Node
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one kind of instruction took on the first thread.
+
+    Attributes:
+        what: operations and widths, as "norm + linear 1024 > 2048, 1024".
+        bytes: of weights that all calls read.
+        seconds: of work; waiting: at the barriers before it, for slower threads.
+    """
+
+    what: str
+    calls: int
+    bytes: int
+    seconds: float
+    waiting: float
 
 
 class State(Protocol):

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finial.backends import Timing
 from finial.backends.cpu_plan import Products, plan
 from finial.errors import BackendError
 from finial.formats import Tensor
@@ -51,23 +51,6 @@ class _Slots:
 
     def give(self, value: Value, slot: int) -> None:
         self._free.setdefault(value.shape, []).append(slot)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What one kind of instruction took on the first thread.
-
-    Attributes:
-        what: operations and widths, as "norm + linear 1024 > 2048, 1024".
-        bytes: of weights that all calls read.
-        seconds: of work; waiting: at the barriers before it, for slower threads.
-    """
-
-    what: str
-    calls: int
-    bytes: int
-    seconds: float
-    waiting: float
 
 
 class CpuProgram:

@@ -36,6 +36,7 @@ def run(
     ] = None,
     max_tokens: options.MaxTokens = None,
     stats: Annotated[bool, typer.Option("--stats", help="Show speed, memory and the share of the roofline.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time of the steps went.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Hold the text against the float32 reference backend.")
     ] = False,
@@ -87,6 +88,8 @@ def run(
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
         )
+        if profile:
+            llm.profile()
         stream = llm.stream(
             words, max_tokens=max_tokens, seed=seed, stop=stop or (), ignore_eos=ignore_eos, **sampling.options
         )
@@ -104,6 +107,10 @@ def run(
             write("\n")
         if interrupted:
             console.note(f"stopped after {console.count(len(completion.tokens), 'token')}")
+        if profile:
+            from finial.cli import stats as figures
+
+            figures.profile_page(llm.timings()).show(console.err())
         _report(llm, words, completion, sampling, stats, verify and not interrupted, as_json, format)
     return 130 if interrupted else 0
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from finial.cli.console import Page, bar, binary, count, significant, size
 
 if TYPE_CHECKING:
+    from finial.backends import Timing
     from finial.engine.results import Completion
     from finial.llm import LLM
     from finial.verdict import Verdict
@@ -147,6 +148,23 @@ def mean_step_bytes(llm: LLM, prompt: int, new: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------- pages
+
+
+def profile_page(timings: list[Timing]) -> Page:
+    """Where the time of all steps went, on the first thread: work, then what it waited for slower threads."""
+    page = Page()
+    page.section("profile")
+    total = sum(row.seconds + row.waiting for row in timings)
+    if total == 0:
+        page.row("steps", None, "only the cpu backend measures them")
+        return page
+    for row in sorted(timings, key=lambda row: -row.seconds - row.waiting):
+        share = f"{significant(100 * (row.seconds + row.waiting) / total)} %"
+        remark = f"{count(row.calls, 'call')} · {_seconds(row.seconds)} work, {_seconds(row.waiting)} waiting"
+        rate = f" · {size(row.bytes)}, {significant(row.bytes / row.seconds / 1e9)} GB/s" if row.bytes else ""
+        page.row(row.what, share, remark + rate)
+    page.row("all", _seconds(total))
+    return page
 
 
 def stats_page(stats: Stats) -> Page:

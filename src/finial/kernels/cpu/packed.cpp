@@ -11,6 +11,9 @@
 // stream leaves time for up to about 8 rows. Many rows: a panel (32 outputs, n_in 1024: 64 KiB in bf16) stays in the
 // second-level cache while all rows pass by in tiles of TILE. bf16: 2 loads of weights and 12 broadcasts for 24
 // multiplying instructions. int8: weights of a block stay in registers, 8 multiplying instructions of 11 in all.
+// Measured on 2 cores of EPYC Genoa, bf16, Qwen3-0.6B's shape, against read_bandwidth and peak_flops of the same run: a
+// decode step at depth 32 reads 96 to 97 % of the bandwidth at its best (77 to 88 % median beside other work); 512 rows
+// of one thread reach 228 of 236 GFLOP/s in bf16, 359 of 473 in int8 (q8_0 and q4_0 alike).
 #include "packed.h"
 
 #include "vector_exp.h"
