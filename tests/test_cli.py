@@ -437,8 +437,22 @@ def test_commands_of_a_conversation(call: Call) -> None:
         assert word in errors
 
 
-def test_a_conversation_in_a_terminal_with_an_interrupted_answer() -> None:
-    terminal = Terminal("chat", "demo", "--max-tokens", "900", "--temperature", "0", "--backend", "reference")
+def endless(folder: Path) -> str:
+    """The demo model, without the end-of-turn token among those that end an answer."""
+    model = folder / "endless"
+    shutil.copytree(Path(finial.__file__).parent / "demo", model)
+    for name, key, value in (
+        ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
+        ("generation_config.json", "eos_token_id", 0),
+    ):
+        file = model / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    return str(model)
+
+
+def test_a_conversation_in_a_terminal_with_an_interrupted_answer(tmp_path: Path) -> None:
+    model = endless(tmp_path)
+    terminal = Terminal("chat", model, "--max-tokens", "900", "--temperature", "0", "--backend", "reference")
     greeting = terminal.until("/help shows", "> ")
     assert "greedy" in greeting and "qwen3" in greeting
     terminal.type("Good morrow!\n")
@@ -456,6 +470,7 @@ def test_a_conversation_in_a_terminal_with_an_interrupted_answer() -> None:
 def test_control_c_at_the_prompt_ends() -> None:
     terminal = Terminal("chat", "demo")
     terminal.until("> ")
+    time.sleep(0.5)  # readline shows the prompt a moment before it listens for signals
     terminal.type("\x03")
     code, shown = terminal.end()
     assert code == INTERRUPTED and "Traceback" not in shown
@@ -484,7 +499,7 @@ def test_info_of_the_demo(call: Call) -> None:
     assert code == 0 and errors == "" and "\x1b" not in text
     for word in (
         "qwen3",
-        "3.94 M parameters",
+        "2.76 M parameters",
         "bf16",
         "KV cache",
         "1,024 tokens",
@@ -498,7 +513,7 @@ def test_info_of_the_demo(call: Call) -> None:
 def test_info_as_json(call: Call) -> None:
     told = json.loads(call("info", "demo", "--json")[1])
     assert told["config"]["architecture"] == "qwen3" and told["chat_template"]
-    assert told["kv_bytes_per_token"] == {"bf16": 3072, "f32": 6144, "q8_0": 1632}
+    assert told["kv_bytes_per_token"] == {"bf16": 2048, "f32": 4096, "q8_0": 1088}
     sizes = {row["format"]: row["weight_bytes"] for row in told["formats"]}
     with LLM("demo", format="q4_0") as small, LLM("demo", format="f32") as large:
         assert sizes["q4_0"] == small.info.weight_bytes and sizes["f32"] == large.info.weight_bytes
