@@ -1,5 +1,7 @@
-// Finds what the CPU can do (CPUID leaves 1 and 7, and XCR0 for what the operating system saves) and picks the kernels.
-// Bit positions: Intel SDM volume 2A, table 3-8 and "CPUID leaf 07H"; AMD APM volume 3, appendix E.
+// Finds what the CPU can do and picks the kernels. x86: CPUID leaves 1 and 7, and XCR0 for what the operating system
+// saves; bit positions: Intel SDM volume 2A, table 3-8 and "CPUID leaf 07H"; AMD APM volume 3, appendix E. ARM: what
+// the operating system says (Linux, Documentation/arch/arm64/elf_hwcaps.rst; Apple, "Determining instruction set
+// characteristics"); NEON itself is part of every 64-bit ARM.
 #include "isa.h"
 
 #include <cstdlib>
@@ -15,6 +17,13 @@
 #include <intrin.h>
 #else
 #include <cpuid.h>
+#endif
+#elif defined(__aarch64__)
+#define FINIAL_ARM64 1
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 #endif
 
@@ -35,12 +44,23 @@ namespace avx512 {
 extern const Kernels kernels;
 }
 #endif
+#ifdef FINIAL_HAS_neon
+namespace neon {
+extern const Kernels kernels;
+}
+#endif
+#ifdef FINIAL_HAS_neon_dot
+namespace neon_dot {
+extern const Kernels kernels;
+}
+#endif
 
 namespace {
 
 struct Features {
   bool avx2 = false, fma = false, f16c = false;
   bool avx512f = false, avx512bw = false, avx512vl = false, avx512dq = false, avx512_bf16 = false, avx512_vnni = false;
+  bool neon = false, dotprod = false;
 };
 
 #ifdef FINIAL_X86
@@ -66,8 +86,27 @@ unsigned long long saved_state() {  // XCR0
 }
 #endif
 
+#ifdef FINIAL_ARM64
+bool has_dotprod() {
+#if defined(__linux__)
+  constexpr unsigned long ASIMDDP = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & ASIMDDP) != 0;
+#elif defined(__APPLE__)
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, nullptr, 0) == 0 && value != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 Features detect() {
   Features f;
+#ifdef FINIAL_ARM64
+  f.neon = true;
+  f.dotprod = has_dotprod();
+#endif
 #ifdef FINIAL_X86
   unsigned one[4], seven[4], seven_one[4];
   cpuid(1, 0, one);
@@ -114,6 +153,12 @@ std::vector<Choice> choices() {  // slowest first
   list.push_back({&avx512::kernels, f.avx2 && f.fma && f.f16c && f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq &&
                                         f.avx512_bf16 && f.avx512_vnni});
 #endif
+#ifdef FINIAL_HAS_neon
+  list.push_back({&neon::kernels, f.neon});
+#endif
+#ifdef FINIAL_HAS_neon_dot
+  list.push_back({&neon_dot::kernels, f.neon && f.dotprod});
+#endif
   return list;
 }
 
@@ -121,6 +166,9 @@ std::vector<Choice> choices() {  // slowest first
 
 std::vector<std::pair<std::string, bool>> cpu_features() {
   const Features& f = features();
+#ifdef FINIAL_ARM64
+  return {{"neon", f.neon}, {"dotprod", f.dotprod}};
+#else
   return {{"avx2", f.avx2},
           {"fma", f.fma},
           {"f16c", f.f16c},
@@ -130,6 +178,7 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
           {"avx512dq", f.avx512dq},
           {"avx512_bf16", f.avx512_bf16},
           {"avx512_vnni", f.avx512_vnni}};
+#endif
 }
 
 std::vector<std::string> isas_available() {

@@ -41,6 +41,8 @@ FINIAL_INLINE float bf16_to_float(const uint8_t* source) {
 #include "simd_avx512.h"
 #elif defined(FINIAL_ISA_avx2)
 #include "simd_avx2.h"
+#elif defined(FINIAL_ISA_neon) || defined(FINIAL_ISA_neon_dot)
+#include "simd_neon.h"
 #else
 #include "simd_baseline.h"
 #endif
