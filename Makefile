@@ -1,6 +1,7 @@
 # make demo    set everything up, then watch the embedded model write, with its speed and a verdict
 # make test    set everything up, then run the whole test suite
 # make check   formatting, lint and types, as CI runs them
+# make check-native  the kernels' own tests under AddressSanitizer with UBSan, then under ThreadSanitizer
 # make format  rewrite the sources as `make check` wants them
 
 PYTHON ?= python3
@@ -10,9 +11,9 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 NATIVE  := $(wildcard src/finial/kernels/cpu/*)
-CXX_SRC := $(filter %.cpp %.h %.hpp %.inc,$(NATIVE))
+CXX_SRC := $(filter %.cpp %.h %.hpp %.inc,$(NATIVE)) $(wildcard tests/native/*)
 
-.PHONY: demo test check format clean help
+.PHONY: demo test check check-native check-address check-thread format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -51,6 +52,20 @@ check: $(VENV)/check-packages
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SRC)
+
+# No Python is needed for these, only cmake. Any report is an error.
+CMAKE  ?= $(shell command -v cmake || echo $(BIN)/cmake)
+SANITIZE_address := -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZE_thread  := -fsanitize=thread
+
+check-native: check-address check-thread
+
+check-address check-thread: check-%:
+	@command -v $(CMAKE) >/dev/null || { echo "no cmake here: install it, or run make test first"; exit 1; }
+	$(CMAKE) -S . -B build/$* -DFINIAL_NATIVE_TESTS=ON -DFINIAL_OPTIMIZE=-O1 \
+	  -DCMAKE_CXX_FLAGS="-g1 -fno-omit-frame-pointer $(SANITIZE_$*)"
+	$(CMAKE) --build build/$* --parallel
+	TSAN_OPTIONS=halt_on_error=1 build/$*/finial_op_tests
 
 format: $(VENV)/check-packages
 	$(BIN)/ruff format .
