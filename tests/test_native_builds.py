@@ -1,0 +1,60 @@
+"""The kernels' own tests (tests/native), cross-compiled for 64-bit ARM and run by an emulator.
+
+NEON is the one instruction set that the machines which test finial do not have.  Needs a cross compiler and qemu-user;
+where they are missing the test is skipped, but never in CI, which installs them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "aarch64"  # kept: the next run compiles what changed
+NEEDED = {
+    "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
+    "qemu-aarch64": "qemu-user",
+}  # command -> Debian's package
+
+
+def tool(name: str) -> str | None:
+    """A command, from the environment that runs the tests or from the system."""
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+
+
+def call(*command: str, seconds: int) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.mark.timeout(900)
+def test_neon_kernels_under_an_emulator() -> None:
+    """Every kernel of the instruction sets baseline, neon and neon_dot; one case of each kind."""
+    missing = [package for command, package in NEEDED.items() if shutil.which(command) is None]
+    missing += [] if tool("cmake") else ["cmake"]
+    if missing:
+        message = f"NEON is not tested here: install {' '.join(missing)}"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    cmake, ninja = tool("cmake"), tool("ninja")
+    assert cmake
+    options = ["-DFINIAL_NATIVE_TESTS=ON", "-DFINIAL_OPTIMIZE=-O1", "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++"]
+    options += ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"]
+    if ninja:
+        options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    call(cmake, "-S", str(ROOT), "-B", str(BUILD), *options, seconds=120)
+    call(cmake, "--build", str(BUILD), "--parallel", "2", seconds=600)
+    said = call(
+        "qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", str(BUILD / "finial_op_tests"), "--quick", seconds=600
+    ).splitlines()
+    assert said[:-1] == ["baseline", "neon", "neon_dot", "threads"]
+    passed = re.fullmatch(r"(\d+) passed, 0 failed", said[-1])
+    assert passed and int(passed[1]) > 500
