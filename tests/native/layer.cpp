@@ -71,7 +71,9 @@ struct Layer {
     return out;
   }
 
-  static void linear(Program& p, int out, int x, const Weight& w) { p.linear(out, x, w.linear()); }
+  static void linear(Program& p, int out, int x, const Weight& w) {
+    p.linears(x, nullptr, 0, 0, {{out, p.weight(w.linear(), false, nullptr)}});
+  }
 };
 
 }  // namespace

@@ -10,10 +10,26 @@ namespace {
 Floats compute(const Machine& m, const Weight& w, const Floats& bias, const Floats& x, int64_t rows) {
   Program program(m.pool, m.kernels);
   const int n = program.dimension(), in = program.input(n, w.n_in), out = program.output(n, w.n_out);
-  program.linear(out, in, w.linear(bias.empty() ? nullptr : bias.data()));
+  const int weight = program.weight(w.linear(bias.empty() ? nullptr : bias.data()), false, nullptr);
+  program.linears(in, nullptr, 0, 0, {{out, weight}});
   Floats y(static_cast<size_t>(rows * w.n_out));
   program.run({rows}, {}, {array(x, rows)}, {array(y, rows)}, program.new_state(0, 1));
   return y;
+}
+
+// Activations as the instruction set takes them (packed.h).
+Doubles taken(Rounding rounding, const Floats& x) {
+  Doubles out(x.begin(), x.end());
+  if (rounding == Rounding::BF16)
+    for (double& a : out) a = to_bf16(a);
+  if (rounding != Rounding::INT8) return out;
+  for (size_t i = 0; i < x.size(); i += 32) {
+    float most = 0;
+    for (size_t j = i; j < i + 32; ++j) most = std::fmax(most, std::fabs(x[j]));
+    const float inverse = most > 0 ? 127 / most : 0;
+    for (size_t j = i; j < i + 32; ++j) out[j] = std::nearbyint(x[j] * inverse) * static_cast<double>(most / 127);
+  }
+  return out;
 }
 
 void test_case(Report& report, const Kernels* kernels, Format format, int64_t n_out, int64_t n_in, bool biased,
@@ -26,13 +42,14 @@ void test_case(Report& report, const Kernels* kernels, Format format, int64_t n_
   const Floats x = random.normals(rows * n_in), bias = biased ? random.normals(n_out) : Floats();
   const Machine one{kernels, std::make_shared<Pool>(1)}, three{kernels, std::make_shared<Pool>(3)};
   const Floats whole = compute(one, w, bias, x, rows);
+  const Doubles rounded = taken(kernels->rounding(format), x);
   Doubles expected, tolerance;
   for (int64_t t = 0; t < rows; ++t)
     for (int64_t o = 0; o < n_out; ++o) {
       double sum = biased ? bias[static_cast<size_t>(o)] : 0, size = std::fabs(sum), terms = 0;
       for (int64_t k = 0; k < n_in; ++k) {
         double parts;
-        const double a = x[static_cast<size_t>(t * n_in + k)], b = element(format, w.row(o), k, &parts);
+        const double a = rounded[static_cast<size_t>(t * n_in + k)], b = element(format, w.row(o), k, &parts);
         sum += a * b, size += std::fabs(a * b), terms += std::fabs(a) * parts;
       }
       expected.push_back(sum);
@@ -46,12 +63,54 @@ void test_case(Report& report, const Kernels* kernels, Format format, int64_t n_
   }
 }
 
+// Products that share a normalised input, one of them gated by another, to one of them something added: the same bits
+// as one operation after the other.
+void test_fused(Report& report, const Kernels* kernels, Format format, int64_t rows, int threads) {
+  constexpr int64_t IN = 96, WIDE = 75, NARROW = 34;
+  const bool packed = kernels->rounding(format) != Rounding::None;
+  const Weight w1(format, WIDE, IN, 1), w2(format, WIDE, IN, 2), w3(format, NARROW, IN, 3);
+  Random random(4);
+  const Floats x = random.normals(rows * IN), more = random.normals(rows * NARROW), norm = random.normals(IN),
+               bias = random.normals(NARROW);
+  Floats results[4] = {Floats(static_cast<size_t>(rows * WIDE)), Floats(static_cast<size_t>(rows * NARROW))};
+  results[2] = results[0], results[3] = results[1];
+  for (int fused = 0; fused < 2; ++fused) {
+    Program p(std::make_shared<Pool>(fused == 0 ? 1 : threads), kernels);
+    const int n = p.dimension(), in = p.input(n, IN), other = p.input(n, NARROW), out = p.output(n, WIDE),
+              sum = p.output(n, NARROW), normal = p.buffer(n, IN, 0), a = p.buffer(n, WIDE, 1),
+              b = p.buffer(n, WIDE, 2), c = p.buffer(n, NARROW, 3);
+    const int first = p.weight(w1.linear(), false, nullptr), second = p.weight(w2.linear(), false, nullptr),
+              third = p.weight(w3.linear(bias.data()), false, nullptr);
+    if (fused == 0) {
+      p.rms_norm(normal, in, norm.data(), IN, 1e-6f);
+      p.linears(normal, nullptr, 0, 0, {{a, first}});
+      p.linears(normal, nullptr, 0, 0, {{b, second}});
+      p.linears(normal, nullptr, 0, 0, {{c, third}});
+      p.silu_mul(out, a, b);
+      p.add(sum, other, c);
+    } else if (packed) {
+      p.linears(in, norm.data(), IN, 1e-6f, {{out, first, second}, {sum, third, -1, other}});
+    } else {
+      p.linears(in, norm.data(), IN, 1e-6f, {{a, first}, {b, second}, {sum, third, -1, other}});
+      p.silu_mul(out, a, b);
+    }
+    const Floats *y = results + 2 * fused, *z = y + 1;
+    p.run({rows}, {}, {array(x, rows), array(more, rows)}, {array(*y, rows), array(*z, rows)}, p.new_state(0, 1));
+  }
+  const std::string name = std::string(kernels->name) + " linear " + info(format).name + ": " + std::to_string(rows) +
+                           " rows, " + std::to_string(threads) + " threads, fused ";
+  report.equal(results[0].data(), results[2].data(), rows * WIDE, name + "norm and gate");
+  report.equal(results[1].data(), results[3].data(), rows * NARROW, name + "norm and addition");
+}
+
 }  // namespace
 
 void test_linear(Report& report, const Kernels* kernels) {
   const std::vector<int64_t> few = {1, 2, 3, 5, 13, 16, 33};
   std::vector<int64_t> all;
   for (int64_t i = 1; i <= 33; ++i) all.push_back(i);
+  for (Format format : {Format::F32, Format::BF16, Format::Q8_0, Format::Q4_0})
+    for (int64_t rows : {1, 13, 33}) test_fused(report, kernels, format, rows, rows == 13 ? 1 : 3);
   for (int f = 0; f < static_cast<int>(Format::COUNT); ++f) {
     const Format format = static_cast<Format>(f);
     const int64_t block = info(format).block;
