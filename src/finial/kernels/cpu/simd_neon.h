@@ -66,6 +66,11 @@ FINIAL_INLINE float half_to_float(const uint8_t* p) {
   std::memcpy(&half, p, 2);
   return half;
 }
+FINIAL_INLINE V set1_half(const uint8_t* p) {
+  uint16_t half;
+  std::memcpy(&half, p, 2);
+  return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(half)));
+}
 FINIAL_INLINE uint16x4_t load_u8(const uint8_t* p) {
   uint32_t word;
   std::memcpy(&word, p, 4);
