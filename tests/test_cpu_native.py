@@ -537,7 +537,9 @@ def test_cores_and_features() -> None:
     assert 1 <= cores["physical"] <= cores["logical"]
     assert create(None).threads == cores["physical"] and create(5).threads == 5
     assert ISAS[0] == "baseline" and _native.isa() in ISAS
-    assert ("avx2" in ISAS) <= _native.cpu_features()["avx2"]
+    features = _native.cpu_features()
+    assert ("avx2" in ISAS) <= features.get("avx2", False)
+    assert ("neon_dot" in ISAS) <= features.get("dotprod", False)
 
 
 def test_peak_flops() -> None:

@@ -99,28 +99,12 @@ std::vector<Floats> compute(const Kernels* kernels, const Shape& s, const Sequen
   return result;
 }
 
-// A row as the cache keeps it.
-Doubles kept(CacheType type, const float* x, int64_t n) {
-  Doubles out(x, x + n);
-  if (type == CacheType::BF16)
-    for (double& a : out) a = to_bf16(a);
-  if (type != CacheType::Q8_0) return out;
-  for (int64_t i = 0; i < n; i += 32) {
-    float top = 0;
-    for (int64_t j = i; j < i + 32; ++j) top = std::max(top, std::fabs(x[j]));
-    const float scale = top / 127, inverse = scale > 0 ? 1 / scale : 0;
-    for (int64_t j = i; j < i + 32; ++j)
-      out[static_cast<size_t>(j)] = std::round(static_cast<double>(x[j] * inverse)) * to_f16(scale);
-  }
-  return out;
-}
-
 void reference(const Shape& s, const Sequences& in, size_t b, Doubles& expected, Doubles& tolerance) {
   const int64_t n = in.lengths[b], dim = s.head_dim;
   std::vector<Doubles> keys, values;
   for (int64_t p = 0; p < n * s.kv_heads; ++p) {
-    keys.push_back(kept(s.type, in.k[b].data() + p * dim, dim));
-    values.push_back(kept(s.type, in.v[b].data() + p * dim, dim));
+    keys.push_back(cached(s.type, in.k[b].data() + p * dim, dim));
+    values.push_back(cached(s.type, in.v[b].data() + p * dim, dim));
   }
   for (int64_t row = 0; row < n; ++row)
     for (int64_t h = 0; h < s.heads(); ++h) {

@@ -1,5 +1,6 @@
-// embed, rms_norm, rope, silu_mul, add, select_rows, exp; and every way in which weights are decoded.
+// embed, rms_norm, rope, silu_mul, add, select_rows, exp, what caches keep; and every way in which weights are decoded.
 #include <cmath>
+#include <cstring>
 
 #include "support.h"
 
@@ -113,6 +114,47 @@ void test_exp(Report& report, const Kernels* kernels) {
   report.expect(worst < 1.1, std::string(kernels->name) + " exp: off by " + std::to_string(worst) + " ulp");
 }
 
+// What a cache is written from: ties, subnormals, limits.
+void test_store(Report& report, const Kernels* kernels) {
+  Floats x;
+  for (uint32_t upper = 0; upper < 1 << 16; upper += report.thorough ? 1 : 7)
+    for (uint32_t lower : {0x0000u, 0x7FFFu, 0x8000u, 0x8001u, 0xFFFFu}) {
+      const uint32_t bits = upper << 16 | lower;
+      float value;
+      std::memcpy(&value, &bits, 4);
+      x.push_back(value);
+    }
+  std::vector<uint8_t> out(x.size() * 2);
+  kernels->store(CacheType::BF16, x.data(), out.data(), static_cast<int64_t>(x.size()));
+  const Doubles rounded = cached(CacheType::BF16, x.data(), static_cast<int64_t>(x.size()));
+  bool right = true;
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double got = element(Format::BF16, out.data(), static_cast<int64_t>(i));
+    if (std::isnan(x[i]))
+      right &= std::isnan(got);
+    else
+      right &= got == static_cast<float>(rounded[i]) && std::signbit(got) == std::signbit(x[i]);
+  }
+  report.expect(right, std::string(kernels->name) + " store to bf16");
+
+  Random random(13);
+  Floats y = random.normals(32 * 40);
+  for (size_t i = 0; i < y.size(); ++i) {
+    const size_t block = i / 32;
+    if (block < 8) y[i] = i % 32 == 0 ? 127.0f : std::nearbyint(y[i] * 40) / 2;  // integers and halves: ties
+    if (block >= 8 && block < 32) y[i] *= std::ldexp(1.0f, static_cast<int>(block) * 2 - 50);
+    if (block == 32) y[i] = 0;
+    if (block == 33) y[i] *= 1e-38f;
+  }
+  std::vector<uint8_t> blocks(34 * 40);
+  kernels->store(CacheType::Q8_0, y.data(), blocks.data(), static_cast<int64_t>(y.size()));
+  const Doubles expected = cached(CacheType::Q8_0, y.data(), static_cast<int64_t>(y.size()));
+  right = true;
+  for (size_t i = 0; i < y.size(); ++i)
+    right &= element(Format::Q8_0, blocks.data(), static_cast<int64_t>(i)) == expected[i];
+  report.expect(right, std::string(kernels->name) + " store to q8_0");
+}
+
 }  // namespace
 
 void test_decode(Report& report, const Kernels* kernels) {
@@ -163,6 +205,7 @@ void test_elementwise(Report& report, const Kernels* kernels) {
   for (int64_t width : {1, 2, 3, 7, 31, 100, 257}) test_pointwise(report, m, 3, width, 1);
   for (float scale : {1e-6f, 1e3f, 1e30f}) test_pointwise(report, m, 4, 65, scale);
   test_rows(report, m);
+  test_store(report, kernels);
   test_exp(report, kernels);
 }
 

@@ -56,6 +56,21 @@ double rounded(double x, int bits, int least) {
   return std::ldexp(std::nearbyint(std::ldexp(x, bits - 1 - exponent)), exponent - bits + 1);
 }
 
+Doubles cached(CacheType type, const float* x, int64_t n) {
+  Doubles out(x, x + n);
+  if (type == CacheType::BF16)
+    for (double& a : out) a = to_bf16(a);
+  if (type != CacheType::Q8_0) return out;
+  for (int64_t i = 0; i < n; i += 32) {
+    float top = 0;
+    for (int64_t j = i; j < i + 32; ++j) top = std::fmax(top, std::fabs(x[j]));
+    const float scale = top / 127, inverse = scale < 1.17549435e-38f ? 0 : 1 / scale;
+    for (int64_t j = i; j < i + 32; ++j)  // halves away from zero
+      out[static_cast<size_t>(j)] = std::round(static_cast<double>(x[j] * inverse)) * to_f16(scale);
+  }
+  return out;
+}
+
 const FormatInfo& info(Format format) { return FORMATS[static_cast<int>(format)]; }
 
 double half_value(const uint8_t* p) {

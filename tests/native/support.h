@@ -57,6 +57,9 @@ double rounded(double x, int bits, int least);
 inline double to_bf16(double x) { return rounded(x, 8, -126); }
 inline double to_f16(double x) { return rounded(x, 11, -14); }
 
+// A row as a cache keeps it; q8_0 as formats.py encodes it.
+Doubles cached(CacheType type, const float* x, int64_t n);
+
 double half_value(const uint8_t* p);
 
 // Element i of a row in any format, exactly; `size` gets the sum of the magnitudes of its terms.

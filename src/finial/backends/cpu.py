@@ -304,7 +304,7 @@ class CpuBackend:
 
     Attributes:
         threads: how many threads a step runs on.
-        isa: instruction set of the kernels: "baseline", "avx2" or "avx512".
+        isa: instruction set of the kernels: "baseline", "avx2" or "avx512"; "neon" or "neon_dot" on ARM.
     """
 
     name = "cpu"

@@ -39,7 +39,9 @@ void add_rows(const float* a, const float* b, float* y, int64_t n) {
   map2(a, b, y, n, [](V x, V z) { return add(x, z); });
 }
 
-void silu_mul(const float* gate, const float* up, float* y, int64_t n) { map2(gate, up, y, n, [](V a, V b) { return gated(a, b); }); }
+void silu_mul(const float* gate, const float* up, float* y, int64_t n) {
+  map2(gate, up, y, n, [](V a, V b) { return gated(a, b); });
+}
 
 void exp_rows(const float* x, float* y, int64_t n) {
   map2(x, x, y, n, [](V a, V) { return exp(a); });

@@ -127,6 +127,7 @@ FINIAL_INLINE I dot_q8(I acc, I w, I x) {
 FINIAL_INLINE I dot_q4(I acc, I w, I x) { return dot_q8(acc, w, x); }
 FINIAL_INLINE I low_nibbles(I a) { return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(a), vdupq_n_u8(15))); }
 FINIAL_INLINE I high_nibbles(I a) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(a), 4)); }
+FINIAL_INLINE I add_i(I a, I b) { return vaddq_s32(a, b); }
 FINIAL_INLINE V to_floats(I a) { return vcvtq_f32_s32(a); }
 FINIAL_INLINE void store_i8(int8_t* p, V a) {  // nearest even
   const int16x4_t words = vqmovn_s32(vcvtnq_s32_f32(a));
