@@ -64,7 +64,7 @@ check-address check-thread: check-%:
 	@command -v $(CMAKE) >/dev/null || { echo "no cmake here: install it, or run make test first"; exit 1; }
 	$(CMAKE) -S . -B build/$* -DFINIAL_NATIVE_TESTS=ON -DFINIAL_OPTIMIZE=-O1 \
 	  -DCMAKE_CXX_FLAGS="-g1 -fno-omit-frame-pointer $(SANITIZE_$*)"
-	$(CMAKE) --build build/$* --parallel
+	$(CMAKE) --build build/$* --parallel $$(nproc 2>/dev/null || echo 2)
 	TSAN_OPTIONS=halt_on_error=1 build/$*/finial_op_tests
 
 format: $(VENV)/check-packages
