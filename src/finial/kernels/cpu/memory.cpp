@@ -89,4 +89,10 @@ void give_back(const uint8_t* data, size_t bytes) {
 
 #endif
 
+void Memory::take(size_t bytes) {
+  constexpr size_t SMALLEST_PAGE = 4096;
+  volatile uint8_t* at = data_;
+  for (size_t i = 0; i < bytes && i < size_; i += SMALLEST_PAGE) at[i] = 0;
+}
+
 }  // namespace finial

@@ -31,6 +31,9 @@ class Memory {
   float* floats() const { return reinterpret_cast<float*>(data_); }
   size_t size() const { return size_; }
 
+  // Takes the first `bytes` from the system now, so that whoever writes there later does not wait for it.
+  void take(size_t bytes);
+
  private:
   void swap(Memory& other) {
     std::swap(data_, other.data_);

@@ -15,6 +15,9 @@ constexpr int READ_ONLY = -1;
 constexpr int PARTIALS = -2;  // what attention leaves between threads: one memory for all
 constexpr int ROUNDED = -3;   // less its kind: rounded inputs of products that threads share
 
+// Bytes of each cache that are taken when it is made: one large page, whose zeroing the first token would wait for.
+constexpr size_t FIRST_POSITIONS = size_t{2} << 20;
+
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
@@ -29,6 +32,7 @@ State::State(std::vector<CacheSpec> specs, int64_t pages, int64_t page_size)
   for (const CacheSpec& s : specs_) {
     const int64_t row = cache_row_bytes(s.type, s.head_dim);
     memory_.emplace_back(static_cast<size_t>(pages * page_size * 2 * s.kv_heads * row), Pages::Huge);
+    memory_.back().take(FIRST_POSITIONS);
   }
 }
 
