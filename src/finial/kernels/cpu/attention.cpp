@@ -15,9 +15,10 @@
 // QUERIES of them at a time, W / QUERIES keys at a time, BLOCK positions in the first-level cache.
 //
 // Per kv head and position: 2 row_bytes read (512 bytes at head_dim 128 in bf16), 4 head_dim flops for each query.
-// Measured on 2 Zen 4 cores, one thread, 16 query and 8 kv heads of 128, bf16, machine not idle: 78-90 GFLOP/s from the
-// cache (a multiply-add each cycle would be 118); from memory at depth 4,096 11 GB/s, half of the read bandwidth beside
-// it: python -m benchmarks.attention --threads 1.
+// Measured on 2 Zen 4 cores, AVX-512, 16 query and 8 kv heads of 128, bf16, pages of 32 positions in random order. One
+// row at depths from 4,096: one thread reads 20.5-22 GB/s, 62-66 % of the read bandwidth beside it, two 31-32 GB/s,
+// 85-88 %. Prompts of 512 and 2,048: 83-92 and 165-180 GFLOP/s (a multiply-add each cycle would be 118 a thread).
+// python -m benchmarks.attention --threads 1 (or 2); records: benchmarks/results/attention-bf16-*.json.
 #include <math.h>
 
 #include "vector_exp.h"
