@@ -18,20 +18,20 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.cpu import runner
-from benchmarks.cpu.engines import ENGINES, Engine, Places, make_command
-from benchmarks.cpu.estimate import estimate
-from benchmarks.cpu.limits import Floor, peak_for
-from benchmarks.cpu.record import Record
-from benchmarks.cpu.runner import Runner
-from benchmarks.cpu.setup import SetupError, install, make_file, missing
-from benchmarks.cpu.statistics import paired_ratio, spread
 from benchmarks.cpu.table import best_rival, ratio, render, share
-from benchmarks.cpu.worker import Worker, WorkerError
-from benchmarks.cpu.workloads import FORMATS, LOAD, MEMORY, Group, Workload, check, plan, prompts, value
 
 from finial.files.checkpoint import open_checkpoint
 from finial.files.convert import convert
+from finial.lab import runner
+from finial.lab.engines.setup import SetupError, install, make_file, missing
+from finial.lab.engines.table import ENGINES, Engine, Places, make_command
+from finial.lab.estimate import estimate
+from finial.lab.record import Record
+from finial.lab.roofline import Floor, peak_for
+from finial.lab.runner import Runner
+from finial.lab.statistics import paired_ratio, spread
+from finial.lab.worker import Worker, WorkerError
+from finial.lab.workloads import FORMATS, LOAD, MEMORY, Group, Workload, check, plan, prompts, value
 from finial.machine import describe
 
 DECODE = Workload("decode", "decode", depth=4, new=5, rounds=3)
@@ -40,26 +40,30 @@ PROMPT = Workload("prompt", "prompt", depth=8, new=1, rounds=3)
 # A fake engine: every token takes `pace` seconds of a clock of its own; knows how to misbehave.
 FAKE = """
 import os, sys, time
+import numpy as np
 sys.path.insert(0, {adapters!r})
 from serve import serve
 
 class Session:
-    version, precision = "fake 1", "none at all"
-    def __init__(self, model, format, threads, context):
+    precision = "none at all"
+    def __init__(self, model, format, threads, context, sequences=8, cache=True, options=None):
+        from finial.files.checkpoint import open_checkpoint
+        self.vocab = open_checkpoint(model).config.vocab_size if model != "m" else 9
         print("noise on stdout")
         if {fault!r} == "load": raise RuntimeError("no such kernel")
-    def generate(self, prompts, new, keep):
+    def run(self, prompts, new, keep):
         if {fault!r} == "die": print("out of everything", file=sys.stderr, flush=True); os._exit(3)
         if {fault!r} == "hang": time.sleep(60)
         if {fault!r} == "short": new -= 1
         times = [{pace} * (i + 1) for i in range(new)]
         return {{"first": [times[0]] * len(prompts), "last": [times[-1]] * len(prompts),
-                "tokens": [[1] * new for _ in prompts]}}
-    def verdict(self, text, ids, greedy):
-        return {{"verdict": {{"positions": 9, "kl_mean": 1e-5, "kl_p99": 2e-5, "kl_max": 3e-5, "top1": 1.0,
-                "greedy_tokens": greedy, "divergence": None}}}}
+                "tokens": [[1] * new for _ in prompts], "times": [times] * len(prompts)}}
+    def score(self, ids, path):
+        logits = np.zeros((len(ids), self.vocab), np.float32); logits[:, 1] = 1
+        np.save(path, logits)
+        return {{"kind": "logits"}}
 
-serve(Session)
+serve(Session, "fake", "fake 1")
 """
 
 
@@ -76,7 +80,7 @@ class FakeProbe:
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Makes engines whose adapter is a fake; `places` has a file for each."""
-    from benchmarks.cpu import engines
+    from finial.lab.engines import table as engines
 
     adapters = str(engines.ADAPTERS)
     monkeypatch.setattr(engines, "ADAPTERS", tmp_path)
@@ -85,8 +89,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     convert(places.checkpoint("demo"), places.models / "demo-stored.gguf")
 
     def make(name: str, pace: float = 0.01, fault: str = "") -> Engine:
-        (tmp_path / f"{name}.py").write_text(FAKE.format(adapters=adapters, pace=pace, fault=fault))
-        return Engine(name, f"{name}.py", "json", "", {"stored": "-stored.gguf"})
+        (tmp_path / f"fake_{name}.py").write_text(FAKE.format(adapters=adapters, pace=pace, fault=fault))
+        return Engine(name, f"fake_{name}.py", "json", "", {"stored": "-stored.gguf"})
 
     make.places = places  # type: ignore[attr-defined]
     yield make
@@ -179,7 +183,7 @@ def test_plans_cover_what_they_promise() -> None:
 def test_noise_on_stdout_does_not_reach_the_protocol(fake: Any) -> None:
     worker = Worker(fake("calm").command(fake.places), {})
     assert worker.ask("load", 20, model="m", format="f", threads=1, context=8)["version"] == "fake 1"
-    reply = worker.ask("generate", 20, prompts=[[1, 2]], new=3, keep=False)
+    reply = worker.ask("run", 20, prompts=[[1, 2]], new=3, keep=False)
     assert reply["tokens"] == [[1, 1, 1]]
     with pytest.raises(WorkerError, match="nonsense"):
         worker.ask("nonsense", 20)
@@ -205,7 +209,7 @@ def test_a_dead_and_a_hanging_engine_say_so(fake: Any) -> None:
         worker = Worker(fake("bad", fault=fault).command(fake.places), {})
         worker.ask("load", 20, model="m", format="f", threads=1, context=8)
         with pytest.raises(WorkerError, match=message):
-            worker.ask("generate", 1, prompts=[[1]], new=1, keep=False)
+            worker.ask("run", 1, prompts=[[1]], new=1, keep=False)
         assert not worker.alive
 
 
@@ -229,7 +233,7 @@ def test_a_run_interleaves_probes_and_saves(fake: Any) -> None:
     assert "changed under the run" not in page
     cell["native"] = "another"
     assert "changed under the run" in render({**data, "cells": {**data["cells"], "demo/stored/2/decode": cell}})
-    assert "**2.00 × [2.00, 2.00] slow**" in page and "The machine was busy: 50%" in page and "KL mean 1.0e-05" in page
+    assert "**2.00 × [2.00, 2.00] slow**" in page and "The machine was busy: 50%" in page and "KL mean 0.0e+00" in page
 
 
 def test_failures_are_rows_with_their_reason(fake: Any) -> None:

@@ -31,14 +31,15 @@ FLOORS = {
     "finial.engine": 3,
     "finial.llm": 4,
     "finial.verdict": 4,
+    "finial.lab": 5,
     "finial.cli": 6,
 }
 ROOMS = ("finial.models", "finial.backends", "finial.files")
 
 # Heavy or optional packages, and the only modules that may import them.
 OWNERS = {
-    "torch": {"finial.files.pth_child"},
-    "transformers": set(),
+    "torch": {"finial.files.pth_child", "finial.lab.engines.adapters"},
+    "transformers": {"finial.lab.engines.adapters"},
     "gguf": set(),
     "typer": {"finial.cli"},
     "rich": {"finial.cli"},
@@ -111,6 +112,20 @@ def test_heavy_packages_have_one_owner() -> None:
             package = target.split(".")[0]
             if package in OWNERS:
                 assert any(within(module, owner) for owner in OWNERS[package]), f"{module} imports {package}"
+
+
+# The lab describes the work itself and measures finial as it measures the others: through an adapter.
+LAB_KNOWS = {
+    *("errors", "formats", "config", "graph", "cost", "machine", "files.checkpoint", "files.hub"),
+    *("models.decoder", "verdict", "lab"),
+}
+
+
+def test_the_lab_meets_the_engine_in_an_adapter_only() -> None:
+    for module, path in modules().items():
+        if within(module, "finial.lab") and not within(module, "finial.lab.engines.adapters"):
+            for target in imports(path) & (set(modules()) - {"finial", "finial.files", "finial.models"}):
+                assert any(within(target, f"finial.{known}") for known in LAB_KNOWS), f"{module} imports {target}"
 
 
 def test_importing_finial_is_light() -> None:

@@ -14,14 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.cpu.engines import ENGINES, RECIPES, Engine, Places
-from benchmarks.cpu.estimate import estimate
-from benchmarks.cpu.probe import Probe, busy
-from benchmarks.cpu.record import Record
-from benchmarks.cpu.runner import Runner
-from benchmarks.cpu.setup import SetupError, install, make_file, missing
 from benchmarks.cpu.table import render
-from benchmarks.cpu.workloads import FORMATS, SHAPE, Group, plan
+from finial.lab.engines.setup import SetupError, install, make_file, missing
+from finial.lab.engines.table import ENGINES, RECIPES, Engine, Places
+from finial.lab.estimate import estimate
+from finial.lab.probes import Probe, busy
+from finial.lab.record import Record
+from finial.lab.runner import Runner
+from finial.lab.workloads import FORMATS, SHAPE, Group, plan
 from finial.machine import describe, probe_native
 
 CACHE = Path.home() / ".cache" / "finial"

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from statistics import median as middle
 from typing import Any
 
-from benchmarks.cpu.limits import Floor, peak_for
-from benchmarks.cpu.runner import DISTURBED
-from benchmarks.cpu.statistics import Ratio, median, paired_ratio, spread
+from finial.lab.roofline import Floor, peak_for
+from finial.lab.runner import DISTURBED
+from finial.lab.statistics import Ratio, median, paired_ratio, spread
 
 OURS = "finial"
 LOWER = ("first", "load", "memory")  # kinds where less is better

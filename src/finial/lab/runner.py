@@ -11,20 +11,24 @@ import hashlib
 import importlib.util
 import os
 import random
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.cpu.engines import Engine, Places
-from benchmarks.cpu.limits import Floor
-from benchmarks.cpu.probe import taken_seconds
-from benchmarks.cpu.record import Record
-from benchmarks.cpu.setup import SetupError, make_file, missing
-from benchmarks.cpu.worker import Worker, WorkerError
-from benchmarks.cpu.workloads import CONTEXT, DEMO, LOAD, MEMORY, Group, Workload, check, prompts, value
+import numpy as np
+
 from finial.files.checkpoint import open_checkpoint
+from finial.lab.engines.setup import SetupError, make_file, missing
+from finial.lab.engines.table import Engine, Places
+from finial.lab.probes import taken_seconds
+from finial.lab.record import Record
+from finial.lab.roofline import Floor
+from finial.lab.worker import Worker, WorkerError
+from finial.lab.workloads import CONTEXT, DEMO, LOAD, MEMORY, Group, Workload, check, prompts, value
+from finial.verdict import Verdict, judge
 
 LOAD_S, RUN_S = 180.0, 300.0  # limits, far from what anything takes: the slowest compiles for two minutes
 
@@ -113,9 +117,9 @@ class Runner:
         try:
             if worker is None:
                 raise WorkerError(self._failed[engine.name])
-            reply = worker.ask("verdict", RUN_S, text=VERDICT_TEXT, ids=[], greedy=VERDICT_GREEDY)
-            self._record.data["verdicts"][key] = reply["verdict"]
-            self._say(f"verdict {key}: KL {reply['verdict']['kl_mean']:.1e}, top-1 {reply['verdict']['top1']:.1%}")
+            verdict = self._judge(engine, group, worker)
+            self._record.data["verdicts"][key] = asdict(verdict)
+            self._say(f"verdict {key}: KL {verdict.kl_mean:.1e}, top-1 {verdict.top1:.1%}")
         except WorkerError as error:
             self._record.data["verdicts"][key] = {"error": str(error)}
             self._say(f"verdict {key}: {error}")
@@ -123,6 +127,25 @@ class Runner:
             if worker is not None:
                 worker.close()
         self._record.save()
+
+    def _judge(self, engine: Engine, group: Group, worker: Worker) -> Verdict:
+        """An engine's logits beside those of finial's reference in float32, which reads the same file."""
+        file = self._files[engine.name]
+        ids = open_checkpoint(file).text().encode(VERDICT_TEXT)
+        chosen = worker.ask("run", RUN_S, prompts=[ids], new=VERDICT_GREEDY, keep=False)["tokens"][0]
+        reference = Worker(engine.command(self._places), engine.process_environment(group.threads))
+        with tempfile.TemporaryDirectory(prefix="finial-verdict-") as folder:
+            theirs, ours = Path(folder) / "reference.npy", Path(folder) / "engine.npy"
+            worker.ask("score", RUN_S, ids=ids, path=str(ours))
+            try:
+                options = {"backend": "reference", "kv_format": "f32"}
+                load = {"model": str(file), "format": group.format, "threads": group.threads, "options": options}
+                reference.ask("load", LOAD_S, context=len(ids) + VERDICT_GREEDY, sequences=1, cache=True, **load)
+                reference.ask("score", RUN_S, ids=ids + chosen, path=str(theirs))
+            finally:
+                reference.close()
+            expected = np.load(theirs)
+            return judge(expected[: len(ids)], np.load(ours), expected[len(ids) - 1 : -1], chosen)
 
     # --- processes ---------------------------------------------------------------------------------------------
 
@@ -155,6 +178,9 @@ class Runner:
                 format=group.format,
                 threads=group.threads,
                 context=context,
+                sequences=max(w.sequences for w in group.workloads),
+                cache=True,
+                options=dict(engine.options),
             )
             self._workers[engine.name] = worker
         except WorkerError as error:
@@ -172,9 +198,7 @@ class Runner:
                 if worker is None:
                     continue
                 try:
-                    worker.ask(
-                        "generate", RUN_S, prompts=prompts(MEMORY, vocab_size, round), new=MEMORY.new, keep=False
-                    )
+                    worker.ask("run", RUN_S, prompts=prompts(MEMORY, vocab_size, round), new=MEMORY.new, keep=False)
                     peak = worker.ask("memory", RUN_S)["peak_bytes"]
                 except WorkerError as error:
                     self._failed[engine.name] = str(error)
@@ -232,7 +256,7 @@ class Runner:
         request = {"prompts": prompts(workload, vocab_size, run), "new": workload.new, "keep": workload.keeps}
         clocks = time.perf_counter(), taken_seconds(), worker.processor_seconds()
         try:
-            reply = worker.ask("generate", RUN_S, **request)
+            reply = worker.ask("run", RUN_S, **request)
             others = _others(clocks, (time.perf_counter(), taken_seconds(), worker.processor_seconds()))
             wrong = check(workload, reply)
             if wrong:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import finial
-from benchmarks.cpu.engines import BUILD_VARIABLES, RECIPES, Engine, Places, make_command
+from finial.lab.engines.table import BUILD_VARIABLES, RECIPES, Engine, Places, make_command
 
 
 class SetupError(Exception):

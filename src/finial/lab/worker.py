@@ -1,8 +1,8 @@
 """An engine in its own process, spoken to in JSON lines, and stopped while others are measured.
 
-Knows the protocol of adapters/serve.py; nothing of workloads.
+Knows the protocol (docs/lab-protocol.md); nothing of workloads.
 
-    worker = Worker([python, "adapters/run_finial.py"], {}); worker.ask("load", model=…, timeout_s=120)
+    worker = Worker([python, "run_finial.py"], {}); worker.ask("load", model=…, timeout_s=120)
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
+        """Whether the process runs."""
         return self._process.poll() is None
 
     def last_words(self) -> str:
@@ -109,6 +110,7 @@ class Worker:
         self.kill()
 
     def kill(self) -> None:
+        """End it now."""
         if self.alive:
             self._process.kill()
         self._process.wait()

@@ -29,6 +29,7 @@ class Record:
 
     @staticmethod
     def create(path: Path, **head: Any) -> Record:
+        """An empty one, not yet on disk."""
         return Record(path, {"schema": SCHEMA, **head, "peaks": {}, "verdicts": {}, "cells": {}})
 
     @staticmethod
@@ -41,6 +42,7 @@ class Record:
 
     @property
     def cells(self) -> dict[str, Any]:
+        """By key: group and workload."""
         cells: dict[str, Any] = self.data["cells"]
         return cells
 

@@ -16,7 +16,18 @@ from serve import Clock, serve
 
 
 class Session:
-    def __init__(self, model: str, format: str, threads: int, context: int) -> None:
+    def __init__(
+        self,
+        model: str,
+        format: str,
+        threads: int,
+        context: int,
+        sequences: int = 8,
+        cache: bool = True,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        if not cache:
+            raise ValueError("this engine always keeps its cache")
         config = openvino_genai.SchedulerConfig()
         config.enable_prefix_caching = True
         config.max_num_batched_tokens = max(context, 512)  # a prompt in one step, as its LLMPipeline does
@@ -24,14 +35,13 @@ class Session:
         config.cache_size = 1  # GB
         self._pipe = openvino_genai.ContinuousBatchingPipeline(model, config, "CPU", {"INFERENCE_NUM_THREADS": threads})
         self._ids = itertools.count()
-        self.version = f"openvino-genai {openvino_genai.__version__}"
         self.precision = {
             "bf16": "fp16 file computed in bf16 where the CPU has it",
             "q8_0": "int8 weights per row",
             "q4_0": "int4 weights in groups of 128, embedding and head int8",
         }[format] + ", 8-bit KV cache (its defaults)"
 
-    def generate(self, prompts: list[list[int]], new: int, keep: bool) -> dict[str, Any]:
+    def run(self, prompts: list[list[int]], new: int, keep: bool) -> dict[str, Any]:
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens, config.ignore_eos, config.do_sample = new, True, False
         inputs = [ov.Tensor(np.array([prompt], np.int64)) for prompt in prompts]
@@ -48,4 +58,4 @@ class Session:
 
 
 if __name__ == "__main__":
-    serve(Session)
+    serve(Session, "OpenVINO GenAI", openvino_genai.__version__)

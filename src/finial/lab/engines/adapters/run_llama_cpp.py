@@ -25,7 +25,18 @@ def _log(level: int, text: bytes, _data: Any) -> None:
 
 
 class Session:
-    def __init__(self, model: str, format: str, threads: int, context: int) -> None:
+    def __init__(
+        self,
+        model: str,
+        format: str,
+        threads: int,
+        context: int,
+        sequences: int = 8,
+        cache: bool = True,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        if not cache:
+            raise ValueError("this engine always keeps its cache")
         llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         self._threads, self._context_size = threads, context
@@ -38,7 +49,6 @@ class Session:
         self._cached: list[int] = []
         self._batch = llama_cpp.llama_batch_init(CHUNK, 0, 1)
         self._open(1, context)
-        self.version = f"llama-cpp-python {llama_cpp.__version__}"
         self.precision = f"{format} weights, f16 KV cache"
 
     def _open(self, sequences: int, size: int) -> None:
@@ -69,7 +79,7 @@ class Session:
         logits = llama_cpp.llama_get_logits_ith(self._context, row)
         return int(np.ctypeslib.as_array(logits, (self._vocab,)).argmax())
 
-    def generate(self, prompts: list[list[int]], new: int, keep: bool) -> dict[str, Any]:
+    def run(self, prompts: list[list[int]], new: int, keep: bool) -> dict[str, Any]:
         count = len(prompts)
         self._open(count, self._context_size if count == 1 else -(-(len(prompts[0]) + new) // 256) * 256)
         memory = llama_cpp.llama_get_memory(self._context)
@@ -113,4 +123,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["quantize"]:
         quantize(*sys.argv[2:5])
     else:
-        serve(Session)
+        serve(Session, "llama.cpp", f"llama-cpp-python {llama_cpp.__version__}")

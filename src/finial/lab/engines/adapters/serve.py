@@ -1,12 +1,8 @@
-"""The engine's side of the protocol: one JSON object a line on stdin, one on stdout.
+"""The engine's side of the protocol: one JSON object a line on stdin, one on stdout (docs/lab-protocol.md).
 
 Runs under any engine's own interpreter, so it needs the standard library alone.  Knows nothing of engines or workloads.
 
-    serve(Session)      # Session(model, format, threads, context).generate(prompts, new, keep)
-
-Requests: {"op": "load", model, format, threads, context} · {"op": "generate", prompts, new, keep} · {"op": "memory"} ·
-{"op": "quit"} · any other op is a method of the session that takes the request's other fields.
-Replies have "ok"; with false, "error" says why.
+    serve(Session, engine="finial", version=finial.__version__)
 """
 
 from __future__ import annotations
@@ -20,6 +16,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+PROTOCOL = 1
 
 
 class Clock:
@@ -38,15 +36,13 @@ class Clock:
         self._tokens[sequence].append(int(token))
 
     def reply(self) -> dict[str, Any]:
-        """What `generate` returns: first and last time and the ids of each sequence, all times of a single one."""
-        reply: dict[str, Any] = {
+        """What `run` returns: first and last time, the ids and the time of every token, for each sequence."""
+        return {
             "first": [times[0] for times in self._times],
             "last": [times[-1] for times in self._times],
             "tokens": self._tokens,
+            "times": self._times,
         }
-        if len(self._times) == 1:
-            reply["times"] = self._times[0]
-        return reply
 
 
 def peak_bytes() -> int | None:
@@ -63,12 +59,13 @@ def peak_bytes() -> int | None:
     return largest if sys.platform == "darwin" else largest << 10
 
 
-def serve(open_session: Callable[..., Any]) -> None:
+def serve(open_session: Callable[..., Any], engine: str, version: str) -> None:
     """Answer requests until the end of input or `quit`.
 
     Args:
-        open_session: called with (model, format, threads, context); gives an object with `generate`, `version`,
-            `precision` (what weights, activations, KV cache and sums are kept in).
+        open_session: called with the fields of `load`; gives an object with `run` and `precision` (what weights,
+            activations, KV cache and sums are kept in), and, where it can, `score`, `memory` and `device`.
+        engine, version: what `hello` says.
     """
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # engines print on stdout
@@ -79,15 +76,20 @@ def serve(open_session: Callable[..., Any]) -> None:
         if op == "quit":
             break
         try:
-            if op == "load":
+            if op == "hello":
+                operations = [name for name in ("run", "score") if hasattr(open_session, name)]
+                result = {"protocol": PROTOCOL, "engine": engine, "version": version, "operations": operations}
+            elif op == "load":
                 started = time.perf_counter()
                 session = open_session(**request)
-                result = {"load_s": time.perf_counter() - started}
-                result |= {"version": session.version, "precision": session.precision}
+                result = {"load_s": time.perf_counter() - started, "version": version, "precision": session.precision}
+                result["device"] = getattr(session, "device", "cpu")
             elif op == "memory":
-                result = {"peak_bytes": peak_bytes()}
-            else:
+                result = {"peak_bytes": peak_bytes(), **(session.memory() if hasattr(session, "memory") else {})}
+            elif op in ("run", "score") and hasattr(session, op):
                 result = getattr(session, op)(**request)
+            else:
+                raise ValueError(f"{engine} cannot {op}")
             reply = {"ok": True, **result}
         except Exception as error:
             traceback.print_exc()

@@ -56,6 +56,7 @@ class Group:
 
     @property
     def key(self) -> str:
+        """Of its cells, with the workload's name behind."""
         return f"{self.model}/{self.format}/{self.threads}"
 
 

@@ -31,10 +31,12 @@ class Ratio:
 
     @property
     def shown(self) -> bool:
+        """Whether there is a difference."""
         return self.low > 1 or self.high < 1
 
 
 def median(values: Sequence[float]) -> float:
+    """The middle."""
     return float(np.median(values))
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.cpu.engines import Engine
-from benchmarks.cpu.workloads import DEMO, Group
+from finial.lab.engines.table import Engine
+from finial.lab.workloads import DEMO, Group
 
 # Of an engine of 0.6 B parameters on two cores of 2024; an estimate need not be better than a factor of two.
 DECODE_TOK_S, PROMPT_TOK_S = 30.0, 300.0

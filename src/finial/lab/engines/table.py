@@ -11,9 +11,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import finial
-from benchmarks.cpu.workloads import DEMO, Workload
+from finial.lab.workloads import DEMO, Workload
 
 ADAPTERS = Path(__file__).with_name("adapters")
 EXPORT = "export"  # environment that turns checkpoints into other engines' files, and measures nothing
@@ -34,6 +35,7 @@ class Places:
     pythons: Mapping[str, Path] = field(default_factory=dict)
 
     def python(self, name: str) -> Path:
+        """The interpreter of an environment."""
         return self.pythons.get(name, self.engines / name / "bin" / "python")
 
     def checkpoint(self, model: str) -> Path:
@@ -50,6 +52,8 @@ class Engine:
         environment: name of its virtual environment, "" for finial's own interpreter.
         formats: it runs, each with the suffix of its file; "" is the checkpoint itself.
         slow: run only the workloads marked so.
+        options: given to the adapter's `load`; each adapter's header names its own.
+        uncached: whether it can compute without a KV cache.
         variables: environment variables of its process.
     """
 
@@ -60,18 +64,23 @@ class Engine:
     formats: Mapping[str, str]
     slow: bool = False
     sequences: bool = True
+    uncached: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
 
     def command(self, places: Places) -> list[str]:
+        """Interpreter and adapter."""
         python = Path(sys.executable) if not self.environment else places.python(self.environment)
         return [str(python), str(ADAPTERS / self.adapter)]
 
     def process_environment(self, threads: int) -> dict[str, str]:
+        """Variables of its process."""
         # Only finial itself is found beside this interpreter's packages when it runs from its sources.
         own = {} if self.environment else {"PYTHONPATH": str(Path(finial.__file__).parent.parent)}
         return {"OMP_NUM_THREADS": str(threads), **own, **self.variables}
 
     def model_file(self, places: Places, model: str, format: str) -> Path:
+        """Its file of a model in a format, there or not."""
         suffix = self.formats[format]
         return places.models / f"{model}{suffix}" if suffix else places.checkpoint(model)
 
@@ -107,7 +116,7 @@ ENGINES: Mapping[str, Engine] = {
             "transformers",
             {"bf16": ""},
             slow=True,
-            variables={"TRANSFORMERS_COMPILE": "1"},
+            options={"compile": True},
         ),
     )
 }

@@ -11,14 +11,24 @@ from serve import Clock, serve
 
 
 class Session:
-    def __init__(self, model: str, format: str, threads: int, context: int) -> None:
+    def __init__(
+        self,
+        model: str,
+        format: str,
+        threads: int,
+        context: int,
+        sequences: int = 8,
+        cache: bool = True,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        if not cache:
+            raise ValueError("this engine always keeps its cache")
         config = og.Config(model)
         options = {"intra_op_num_threads": threads}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self._model = og.Model(config)
         self._context = context
         self._kept: tuple[list[int], Any] | None = None
-        self.version = f"onnxruntime-genai {og.__version__}"
         self.precision = "int4 weights in blocks of 32, float32 KV cache and activations (its defaults)"
 
     def _generator(self, count: int, length: int) -> Any:
@@ -27,7 +37,7 @@ class Session:
         params.set_search_options(batch_size=count, max_length=length, min_length=length, do_sample=False)
         return og.Generator(self._model, params)
 
-    def generate(self, prompts: list[list[int]], new: int, keep: bool) -> dict[str, Any]:
+    def run(self, prompts: list[list[int]], new: int, keep: bool) -> dict[str, Any]:
         count, single = len(prompts), len(prompts) == 1
         clock = Clock(count)
         if keep and single and self._kept is not None and self._kept[0] == prompts[0]:
@@ -49,4 +59,4 @@ class Session:
 
 
 if __name__ == "__main__":
-    serve(Session)
+    serve(Session, "onnxruntime-genai", og.__version__)

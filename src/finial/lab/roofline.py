@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.cpu.workloads import Workload
 from finial.cost import step_bytes, step_flops
 from finial.files.checkpoint import open_checkpoint
 from finial.formats import Tensor, get_format
+from finial.lab.workloads import Workload
 from finial.models.decoder import build_graph, constants
 
 
