@@ -32,6 +32,7 @@ FLOORS = {
     "finial.llm": 4,
     "finial.verdict": 4,
     "finial.lab": 5,
+    "finial.serve": 5,
     "finial.cli": 6,
 }
 ROOMS = ("finial.models", "finial.backends", "finial.files")
@@ -46,6 +47,11 @@ OWNERS = {
     "huggingface_hub": {"finial.files.hub", "finial.files.hub_download"},
     "tokenizers": {"finial.files"},
     "jinja2": {"finial.files"},
+    "starlette": {"finial.serve"},
+    "uvicorn": {"finial.serve"},
+    "msgspec": {"finial.serve"},
+    "prometheus_client": {"finial.serve.metrics"},
+    "llguidance": {"finial.serve.constraint"},
 }
 
 

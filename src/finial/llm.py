@@ -167,6 +167,11 @@ class LLM:
             tokenizer=self._text is not None,
         )
 
+    @property
+    def engine(self) -> Engine:
+        """The loop below, for who submits and drives it by himself, as a server does."""
+        return self._engine
+
     def profile(self, on: bool = True) -> None:
         """From now on note what each operation of a step takes, from zero; or stop noting.  See `timings`."""
         self._executable.profile(on)

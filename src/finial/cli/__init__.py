@@ -21,6 +21,7 @@ from finial.cli.chat import chat as chat_command
 from finial.cli.look import doctor, info
 from finial.cli.make import convert, pull, synth
 from finial.cli.run import run as run_command
+from finial.cli.serve import serve
 from finial.errors import FinialError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -37,7 +38,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (run_command, chat_command, info, doctor, pull, convert, synth):
+for _command in (run_command, chat_command, serve, info, doctor, pull, convert, synth):
     app.command()(_command)
 
 

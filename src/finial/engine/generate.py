@@ -18,7 +18,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -119,6 +119,11 @@ class Engine:
         """Pages that unfinished sequences hold; pages kept only for reuse are not counted."""
         return self._pool.held
 
+    @property
+    def unfinished(self) -> int:
+        """Sequences that are computed or wait."""
+        return len(self._handles)
+
     def submit(
         self,
         tokens: Sequence[int],
@@ -127,6 +132,7 @@ class Engine:
         detokenizer: Detokenizer | None = None,
         sample: int = 0,
         keep_logits: bool = False,
+        listener: Callable[[Handle], None] | None = None,
     ) -> Handle:
         """Queue one sequence; returns at once.
 
@@ -135,6 +141,7 @@ class Engine:
             detokenizer: a fresh one, for this sequence alone; None: its pieces have no text.
             sample: stream of random numbers under the same seed, 0 … params.n - 1; params.n itself is not looked at.
             keep_logits: keep the logits of every prompt position (Handle.prompt_logits).
+            listener: see Handle.
         Raises:
             RequestError: an id outside the vocabulary, an empty prompt, more positions than context or cache have,
                 stop strings without a tokenizer, a closed engine.
@@ -160,6 +167,7 @@ class Engine:
             detokenizer=detokenizer,
             keep_logits=keep_logits,
             submitted=time.perf_counter(),
+            listener=listener,
         )
         if max_new == 0 and not all_logits:
             handle.end("length")

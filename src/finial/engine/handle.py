@@ -7,7 +7,7 @@ Knows token ids and pieces of text; nothing of logits, pages, steps or threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -105,6 +105,7 @@ class Handle:
         prompt_logprobs: for the prompt's tokens 1, 2, … (the first has no prediction), when asked for.
         prompt_logits: float32 arrays [rows, V] in order of position, when asked for.
         error: what made it fail; finish_reason is "error".
+        listener: called with the handle after each piece, in the thread that drives the engine; it must not wait.
     """
 
     __slots__ = (
@@ -113,6 +114,7 @@ class Handle:
         "finish_reason",
         "history",
         "keep_logits",
+        "listener",
         "params",
         "pieces",
         "plain_greedy",
@@ -138,6 +140,7 @@ class Handle:
         detokenizer: Detokenizer | None,
         keep_logits: bool,
         submitted: float,
+        listener: Callable[[Handle], None] | None = None,
     ) -> None:
         self.sequence = sequence
         self.params = params
@@ -147,6 +150,7 @@ class Handle:
         self.stop_ids = stop_ids
         self.detokenizer = detokenizer
         self.keep_logits = keep_logits
+        self.listener = listener
         self.stop_text = StopText(params.stop) if params.stop else None
         self.history = History(sequence.tokens) if params.penalised else None
         self.tokens: list[int] = []
@@ -195,6 +199,8 @@ class Handle:
         self.tokens.append(token)
         self.pieces.append(Piece(token, text, logprobs, reason))
         self.finish_reason = reason
+        if self.listener is not None:
+            self.listener(self)
         return reason is not None
 
     def end(self, reason: str, error: BaseException | None = None) -> None:
@@ -204,6 +210,8 @@ class Handle:
             self.error = error
             self.pieces.append(Piece(None, tail, None, reason))
             self.finish_reason = reason
+            if self.listener is not None:
+                self.listener(self)
 
     def _tail(self) -> tuple[str, bool]:
         """The text still held back, and whether a stop string appeared in it."""
