@@ -18,7 +18,7 @@ from benchmarks.cpu.table import render
 from finial.lab.engines.setup import SetupError, install, make_file, missing
 from finial.lab.engines.table import ENGINES, RECIPES, Engine, Places
 from finial.lab.estimate import estimate
-from finial.lab.probes import Probe, busy
+from finial.lab.limits import Probe, busy
 from finial.lab.record import Record
 from finial.lab.runner import Runner
 from finial.lab.workloads import FORMATS, SHAPE, Group, plan

@@ -23,7 +23,7 @@ import numpy as np
 from finial.files.checkpoint import open_checkpoint
 from finial.lab.engines.setup import SetupError, make_file, missing
 from finial.lab.engines.table import Engine, Places
-from finial.lab.probes import taken_seconds
+from finial.lab.limits import taken_seconds
 from finial.lab.record import Record
 from finial.lab.roofline import Floor
 from finial.lab.worker import Worker, WorkerError
