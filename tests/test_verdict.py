@@ -6,9 +6,21 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from finial import LLM
-from finial.verdict import SLAB, Divergence, first_divergence, judge, kl_divergence
+from finial.verdict import (
+    SLAB,
+    Divergence,
+    Rows,
+    compare,
+    compare_top,
+    first_divergence,
+    judge,
+    kl_divergence,
+    summary,
+)
 
 
 def f32(*rows: list[float]) -> np.ndarray:
@@ -71,3 +83,84 @@ def test_one_pass_of_the_reference_finds_where_free_running_texts_part() -> None
     assert (found.position if found else None) == parted
     if found is not None:
         assert found.reference_token == free.tokens[found.position] and found.margin >= 0
+
+
+# --- top-5, perplexity, and what a few log-probabilities allow -------------------------------------------------------
+
+
+def test_top5_is_the_shared_part_of_both_lists() -> None:
+    reference = f32([9, 8, 7, 6, 5, 4, 3])
+    other = f32([3, 8, 7, 6, 5, 9, 4])  # its five: 5, 1, 2, 3, 4; the reference's: 0 to 4
+    assert judge(reference, other).top5 == pytest.approx(4 / 5)
+    assert judge(reference, reference).top5 == 1.0
+    assert judge(f32([1, 1, 1, 1, 1, 1]), f32([1, 1, 1, 1, 1, 1])).top5 == 1.0, "ties go to the lowest ids in both"
+    assert judge(f32([1, 2]), f32([2, 1])).top5 == 1.0, "a vocabulary of two has no more than two"
+
+
+def test_perplexity_of_a_uniform_guess_is_the_vocabulary() -> None:
+    found = judge(np.zeros((9, 50), np.float32), np.zeros((9, 50), np.float32), tokens=list(range(9))).perplexity
+    assert found is not None and found.tokens == 8
+    assert found.value == pytest.approx(50) and found.error == pytest.approx(0, abs=1e-9)
+    assert found.ratio == pytest.approx(1) and found.ratio_error == 0
+
+
+def test_perplexity_and_its_error_follow_the_losses() -> None:
+    logits = np.random.default_rng(2).normal(size=(400, 30)).astype(np.float32)
+    ids = np.random.default_rng(3).integers(30, size=400).tolist()
+    found = judge(logits, 1.05 * logits, tokens=ids).perplexity
+    assert found is not None
+    losses = [
+        float(np.log(np.exp(row.astype(np.float64)).sum()) - row[token])
+        for row, token in zip(logits[:-1], ids[1:], strict=True)
+    ]
+    mean, error = np.mean(losses), np.std(losses, ddof=1) / math.sqrt(len(losses))
+    assert found.reference == pytest.approx(math.exp(mean), rel=1e-6)
+    assert found.reference_error == pytest.approx(math.exp(mean) * error, rel=1e-6)
+    assert found.ratio == pytest.approx(found.value / found.reference)
+    assert found.ratio_error < found.error / found.reference / 5, "what both share cancels"
+
+
+def test_a_broken_distribution_is_not_left_out_of_the_perplexity() -> None:
+    broken = np.zeros((4, 5), np.float32)
+    broken[1] = np.nan
+    verdict = judge(np.zeros((4, 5), np.float32), broken, tokens=[0, 1, 2, 3])
+    assert verdict.perplexity is not None and verdict.perplexity.value == math.inf
+    assert math.isnan(verdict.kl_mean)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 12))
+def test_what_a_few_logprobs_give_never_exceeds_the_divergence(seed: int, known: int) -> None:
+    draw = np.random.default_rng(seed)
+    reference = (3 * draw.normal(size=(4, 12))).astype(np.float32)
+    other = reference + draw.normal(size=(4, 12)).astype(np.float32) * draw.choice([0, 0.01, 1, 5])
+    ids = draw.integers(12, size=4).tolist()
+    top = []
+    for row in other:
+        best = np.argsort(-row, kind="stable")[:known]
+        logprobs = row.astype(np.float64) - np.log(np.exp(row.astype(np.float64)).sum())
+        top.append({int(i): float(np.float32(logprobs[i])) for i in best})
+    whole, part = compare(reference, other, ids), compare_top(reference, top, ids)
+    assert (part.kl <= whole.kl + 1e-5).all()
+    assert (part.top1 == whole.top1).all()
+    if known == 12:
+        assert part.kl == pytest.approx(whole.kl, abs=2e-5), "with everything known it is the divergence itself"
+        assert part.top5 == pytest.approx(whole.top5)
+        assert part.loss[:-1] == pytest.approx(whole.loss[:-1], rel=1e-5)
+    assert part.reference_loss[:-1] == pytest.approx(whole.reference_loss[:-1])
+
+
+def test_a_bound_sees_a_confident_mistake() -> None:
+    reference = f32([math.log(0.9), math.log(0.05), math.log(0.05)])
+    found = compare_top(reference, [{1: math.log(0.98), 0: math.log(0.01)}])
+    assert found.kl[0] == pytest.approx(
+        0.9 * math.log(90) + 0.05 * math.log(0.05 / 0.98) + 0.05 * math.log(5), rel=1e-6
+    )
+    assert found.top1[0] == 0 and math.isnan(found.top5[0]), "two tokens say nothing of five"
+
+
+def test_positions_of_several_texts_are_one_verdict() -> None:
+    logits = np.random.default_rng(5).normal(size=(20, 9)).astype(np.float32)
+    halves = Rows.join([compare(logits[:10], -logits[:10], [1] * 10), compare(logits[10:], -logits[10:], [1] * 10)])
+    verdict = summary(halves)
+    assert verdict.positions == 20 and verdict.kl_max == pytest.approx(kl_divergence(logits, -logits).max())
+    assert verdict.perplexity is not None and verdict.perplexity.tokens == 18
