@@ -21,11 +21,13 @@ class Counter:
     Attributes:
         joules: its present value, since an unspecified beginning; None when it cannot be read.
         reason: why it cannot be read, and what would change that; empty when it can.
+        range_joules: where it begins again at zero; None: it does not, or nobody says.
     """
 
     name: str
     joules: float | None
     reason: str
+    range_joules: float | None = None
 
     @property
     def readable(self) -> bool:
@@ -61,7 +63,9 @@ def _rapl(sources: Sources) -> list[Counter]:
         reason = (
             "" if value is not None else f"not permitted; `sudo chmod a+r {folder}/intel-rapl:*/energy_uj` allows it"
         )
-        counters.append(Counter(label, None if value is None else value / 1e6, reason))
+        span = read_int(zone / "max_energy_range_uj")
+        joules = None if value is None else value / 1e6
+        counters.append(Counter(label, joules, reason, None if span is None else span / 1e6))
     return counters
 
 
