@@ -62,12 +62,27 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 32, "num_key_value_heads": 1, "rope_scaling": YARN | {"attention_factor": 1.5}},
     ),
 }
+# Of whole blocks of 256, for K-quants.
+WIDE: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-wide": (
+        "Qwen3",
+        {
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_attention_heads": 8,
+            "head_dim": 32,
+            "num_hidden_layers": 2,
+            "initializer_range": 0.1,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
 
 
 @functools.cache
 def model(name: str) -> transformers.PreTrainedModel:
     """A random float32 model whose weights are bf16 values; norms and biases are random too, so that each counts."""
-    kind, fields = MODELS[name]
+    kind, fields = (MODELS | WIDE)[name]
     torch.manual_seed(sum(map(ord, name)))
     config = getattr(transformers, f"{kind}Config")(**{**BASE, **fields}, attn_implementation="eager")
     made = getattr(transformers, f"{kind}ForCausalLM")(config).eval()

@@ -68,7 +68,10 @@ def test_op_table(monkeypatch: pytest.MonkeyPatch, isa: str, case: test_ops.Case
 @on_every_isa
 @pytest.mark.parametrize("format", FORMATS)
 def test_weights_decode_to_the_bit(isa: str, format: str) -> None:
-    """Through embed, and through linear with one input of 127, which every rounding of activations leaves as it is."""
+    """Through embed, and through linear with one input of 127, which every rounding of activations leaves as it is.
+
+    There q4_k and q5_k may take their two terms apart: three roundings of at most their sizes.
+    """
     width = 512 if FORMATS[format].block > 1 else 517
     tensor = random_tensor(format, 9, width)
     expected = tensor.decode()
@@ -82,7 +85,11 @@ def test_weights_decode_to_the_bit(isa: str, format: str) -> None:
             x = np.zeros((count, width), np.float32)
             x[np.arange(count), picked] = 127
             got = compute(linear_graph(9, width), {"w": tensor}, {"x": x}, isa, threads=1)
-            assert np.array_equal(got, expected[:, picked].T * np.float32(127))
+            want = expected[:, picked].T * np.float32(127)
+            if (least := test_ops.minimums(tensor)).any():
+                assert (np.abs(got - want) <= 3 * test_ops.U * 127 * (np.abs(expected) + 2 * least)[:, picked].T).all()
+            else:
+                assert np.array_equal(got, want)
 
 
 @on_every_isa
@@ -442,11 +449,11 @@ def test_profile() -> None:
 
 
 def test_an_activation_that_is_no_number_is_not_hidden() -> None:
-    for format in ("bf16", "q8_0", "q4_0"):
-        x = normal(3, 64)
+    for format in ("bf16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k"):
+        x = normal(3, 256)
         x[1, 40] = np.nan
         x[2, 3] = np.inf
-        got = compute(linear_graph(5, 64), {"w": random_tensor(format, 5, 64)}, {"x": x})
+        got = compute(linear_graph(5, 256), {"w": random_tensor(format, 5, 256)}, {"x": x})
         assert np.isfinite(got[0]).all() and not np.isfinite(got[1:]).any()
 
 

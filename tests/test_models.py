@@ -7,15 +7,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import kquants
 import models
 from finial.backends import BACKENDS, get_backend, reference
+from finial.config import ModelConfig
 from finial.executor import Executable, compile_graph
 from finial.files.checkpoint import Checkpoint, open_checkpoint
 from finial.files.convert import convert
@@ -107,15 +109,42 @@ def test_rounded_inputs_cost_what_rounding_costs(
     Both round at the same places, but the last bit before a rounding differs, and where it decides, the two go apart
     by a whole step: the more so the further on.  Unrelated errors of this size would be the root of 2 of it apart.
     """
+    compare_with_rounding_reference(
+        lambda engine: compiled(saved[name], engine, format=format), backend, rounds(backend, format)
+    )
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_k_quants_cost_what_rounding_costs(backend: str) -> None:
+    """A model whose tied table, matrices of one input and gated pair are in different K-quants."""
+    made = models.model("qwen3-wide")
+    config = ModelConfig.from_hf(json.loads(made.config.to_json_string(use_diff=False)))
+    weights = kquants.mixture({key: value.numpy() for key, value in made.state_dict().items()})
+    precision = {rounds(backend, tensor.format) for tensor in weights.values() if tensor.format != "f32"}
+    assert {tensor.format for tensor in weights.values()} == {"f32", "q4_k", "q5_k", "q6_k"} and len(precision) == 1
+
+    def build(engine: str) -> Executable:
+        executable = compile_graph(build_graph(config, "f32"), weights | constants(config), engine)
+        executable.reserve(pages=32, page_size=PAGE)
+        return executable
+
+    compare_with_rounding_reference(build, backend, precision.pop())
+    for key, tensor in weights.items():  # a group's range is some 4 standard deviations in 2^bits - 1 steps
+        if tensor.format != "f32":
+            value = made.state_dict()[key].numpy()
+            assert root_mean_square(tensor.decode() - value, value) < 2.0 ** (1 - int(tensor.format[1]))
+
+
+def compare_with_rounding_reference(build: Callable[[str], Executable], backend: str, precision: str) -> None:
+    """A model on a backend that rounds the inputs of products to `precision`, as the test above says."""
     step = single_step(TOKENS, PAGE)
-    exact = compiled(saved[name], "reference", format=format).run(step)
-    got = compiled(saved[name], backend, format=format).run(step)
-    precision = rounds(backend, format)
+    exact = build("reference").run(step)
+    got = build(backend).run(step)
     if precision == "f32":
         assert relative_error(got, exact) < TOLERANCE
         return
     with rounding_reference(precision):
-        rounded = compiled(saved[name], "reference", format=format).run(step)
+        rounded = build("reference").run(step)
     cost = root_mean_square(rounded - exact, exact)
     assert 2**-12 < cost < 0.1
     assert root_mean_square(got - exact, exact) < 1.25 * cost

@@ -66,6 +66,16 @@ def stored(values: np.ndarray, format: str, *seed: int) -> Tensor:
     return Tensor(format, values.shape, raw.reshape(-1))
 
 
+def minimums(w: Tensor) -> np.ndarray:
+    """The second term of each weight's value, |m t| of q4_k and q5_k: their value where the level is 0; else zeros."""
+    spec = get_format(w.format)
+    if w.format not in ("q4_k", "q5_k"):
+        return np.zeros(w.shape, np.float32)
+    blocks = w.data.reshape(-1, spec.block_bytes).copy()
+    blocks[:, 16:] = 0
+    return -Tensor(w.format, w.shape, blocks.reshape(-1)).decode()
+
+
 def linear(rows: int, into: int, out: int, format: str, bias: bool = False) -> Case:
     graph = Graph("linear")
     x, w = normal((rows, into), 1, rows), stored(normal((out, into), 2, out), format, 3, into)
@@ -77,13 +87,15 @@ def linear(rows: int, into: int, out: int, format: str, bias: bool = False) -> C
     graph.output(graph.apply("linear", *inputs))
     size = np.abs(x) @ np.abs(w.decode()).T + (np.abs(weights["b"].decode()) if bias else 0)
     name = f"linear {rows}x{into}x{out} {format}{' bias' if bias else ''}"
+    # A K-quant's two terms may be summed apart, in n / 16 steps; |w| + 2 |m t| is at least the sum of their magnitudes.
+    apart = (gamma(into // 16 + 4) * np.abs(x) @ (np.abs(w.decode()) + 2 * minimums(w)).T) if "k" in format else 0
     # The rounded activations are a little larger than the given ones, so is the sum's own error.
     return Case(
         name,
         graph,
         weights,
         {"x": x},
-        lambda _: 3 * gamma(into + 2) * size,
+        lambda _: 3 * gamma(into + 2) * size + 1.01 * apart,
         rounding=lambda precision: rounding_error(x, precision) @ np.abs(w.decode()).T,
     )
 
@@ -252,6 +264,7 @@ CASES = [
         for rows in (1, 3, 33)
     ),
     *(linear(2, 768, 9, format) for format in ("q4_k", "q5_k", "q6_k")),
+    *(linear(rows, 512, 70, format, bias=True) for format in ("q4_k", "q5_k", "q6_k") for rows in (1, 7, 12, 13, 25)),
     *(
         linear(rows, 64, 70, format, bias=True)
         for format in ("bf16", "q8_0", "q4_0")

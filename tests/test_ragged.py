@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kquants
 import models
 from finial import _native
 from finial.backends import BACKENDS
@@ -35,7 +36,9 @@ def executable(name: str, backend: str, format: str) -> Executable:
     made = models.model(name)
     config = ModelConfig.from_hf(json.loads(made.config.to_json_string(use_diff=False)))
     weights: dict[str, Tensor | np.ndarray] = {}
-    for key, value in made.state_dict().items():
+    if format == "k":
+        weights |= kquants.mixture({key: value.numpy() for key, value in made.state_dict().items()})
+    for key, value in made.state_dict().items() if format != "k" else ():
         tensor = Tensor.from_array(value.numpy())
         weights[key] = tensor.to(format) if len(tensor.shape) == 2 else tensor
     # A last-bit difference may fall on the other side of a bf16 rounding boundary: the reference keeps f32.
@@ -104,6 +107,7 @@ def schedules(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]], list[list[in
             for name in NAMES
             for format in FORMATS
         ),
+        *(("qwen3-wide", backend, "k") for backend in BACKENDS if backend != "reference"),
         *((name, "reference", "bf16") for name in NAMES),
     ],
 )

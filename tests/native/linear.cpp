@@ -53,7 +53,10 @@ void test_case(Report& report, const Kernels* kernels, Format format, int64_t n_
         sum += a * b, size += std::fabs(a * b), terms += std::fabs(a) * parts;
       }
       expected.push_back(sum);
-      tolerance.push_back(gamma(n_in + 2) * size + (exact(format) ? 0 : 4 * U * terms));
+      if (info(format).block == 256 && kernels->rounding(format) != Rounding::None)
+        tolerance.push_back(gamma(n_in / 16 + 4) * (terms + (biased ? std::fabs(bias[static_cast<size_t>(o)]) : 0)));
+      else
+        tolerance.push_back(gamma(n_in + 2) * size + (exact(format) ? 0 : 4 * U * terms));
     }
   report.near(whole, expected, tolerance, name);
   for (int64_t count : counts) {
@@ -64,11 +67,14 @@ void test_case(Report& report, const Kernels* kernels, Format format, int64_t n_
 }
 
 // Products that share a normalised input, one of them gated by another, to one of them something added: the same bits
-// as one operation after the other.
+// as one operation after the other. The second weight of a K-quant is of another format than the others.
 void test_fused(Report& report, const Kernels* kernels, Format format, int64_t rows, int threads) {
-  constexpr int64_t IN = 96, WIDE = 75, NARROW = 34;
+  constexpr int64_t WIDE = 75, NARROW = 34;
+  const bool k_quant = info(format).block == 256;
+  const int64_t IN = k_quant ? 512 : 96;
   const bool packed = kernels->rounding(format) != Rounding::None;
-  const Weight w1(format, WIDE, IN, 1), w2(format, WIDE, IN, 2), w3(format, NARROW, IN, 3);
+  const Format other_format = !k_quant ? format : format == Format::Q6_K ? Format::Q8_0 : Format::Q6_K;
+  const Weight w1(format, WIDE, IN, 1), w2(other_format, WIDE, IN, 2), w3(format, NARROW, IN, 3);
   Random random(4);
   const Floats x = random.normals(rows * IN), more = random.normals(rows * NARROW), norm = random.normals(IN),
                bias = random.normals(NARROW);
@@ -109,13 +115,13 @@ void test_linear(Report& report, const Kernels* kernels) {
   const std::vector<int64_t> few = {1, 2, 3, 5, 13, 16, 33};
   std::vector<int64_t> all;
   for (int64_t i = 1; i <= 33; ++i) all.push_back(i);
-  for (Format format : {Format::F32, Format::BF16, Format::Q8_0, Format::Q4_0})
+  for (Format format : {Format::F32, Format::BF16, Format::Q8_0, Format::Q4_0, Format::Q4_K, Format::Q6_K})
     for (int64_t rows : {1, 13, 33}) test_fused(report, kernels, format, rows, rows == 13 ? 1 : 3);
   for (int f = 0; f < static_cast<int>(Format::COUNT); ++f) {
     const Format format = static_cast<Format>(f);
     const int64_t block = info(format).block;
     if (!report.thorough) {
-      test_case(report, kernels, format, 37, block == 1 ? 131 : block == 32 ? 96 : 256, true, {1, 2, 3, 5, 14});
+      test_case(report, kernels, format, 37, block == 1 ? 131 : block == 32 ? 96 : 512, true, {1, 2, 3, 5, 14});
       continue;
     }
     test_case(report, kernels, format, 67, block == 1 ? 259 : block == 32 ? 288 : 768, true, few);

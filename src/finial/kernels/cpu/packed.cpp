@@ -16,6 +16,7 @@
 // of one thread reach 228 of 236 GFLOP/s in bf16, 359 of 473 in int8 (q8_0 and q4_0 alike).
 #include "packed.h"
 
+#include "packed_k.h"
 #include "vector_exp.h"
 #include "weights.h"
 
@@ -27,6 +28,7 @@ Rounding rounding(Format format) {
 #endif
 #if defined(FINIAL_PACKS_INT8)
   if (format == Format::Q8_0 || format == Format::Q4_0) return Rounding::INT8;
+  if (format == Format::Q4_K || format == Format::Q5_K || format == Format::Q6_K) return Rounding::INT8;
 #endif
   (void)format;
   return Rounding::None;
@@ -243,7 +245,9 @@ void round_int8(const float* x, int64_t n_in, int64_t row, int64_t rows, uint8_t
     const V by = set1(inverse < 3e38f ? inverse : 0.0f);
     for (int i = 0; i < 32; i += W) store_i8(out->q + i, mul(load(x + k + i), by));
     out->scale = most / 127.0f + sum(poison);
-    out->offset = -8 * sum_i8(out->q);
+    out->first = -8 * sum_i8(out->q);
+    out->offset = out->first - 8 * sum_i8(out->q + 16);
+    out->minimum = out->scale * 0.125f * static_cast<float>(out->offset);
   }
 }
 
@@ -275,7 +279,7 @@ FINIAL_INLINE void tile(const Linear& l, int64_t panel, const uint8_t* x, int64_
     case Format::Q4_0:
       return tile_int8<Q4>(w, x, l.n_in, rows, c);
     default:
-      return;
+      return tile_k(l.format, w, x, l.n_in, rows, c);
   }
 }
 
@@ -321,6 +325,7 @@ void pack(const Linear& l, uint8_t* out, int64_t begin, int64_t end) {
         pack_blocks<Q4>(l, out + i * bytes, i * PANEL, 0);
         break;
       default:
+        pack_k(l, out + i * bytes, i * PANEL);
         break;
     }
   }

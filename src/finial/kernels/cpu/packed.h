@@ -5,6 +5,7 @@
 //   q8_0  [n_in / 32] blocks of 1088 bytes: f16 scales [PANEL], then bytes [8][PANEL][4], four inputs each
 //   q4_0  [n_in / 32] blocks of  576 bytes: f16 scales [PANEL], then bytes [4][PANEL][4], low nibbles inputs 4j..4j+3,
 //         high nibbles inputs 16+4j..16+4j+3, as in the file
+//   q4_k, q5_k, q6_k: see packed_k.h
 // so a packed matrix is as large as the stored one, and a thread reads its share as one contiguous run.
 //
 // Activations are rounded to what the multiplying instruction takes, once for all products that share them:
@@ -21,6 +22,8 @@ struct Int8Block {
   int8_t q[32];
   float scale;
   int32_t offset;  // -8 sum(q): what a nibble's bias of 8 adds, taken back
+  int32_t first;   // the same of the first 16
+  float minimum;   // -scale sum(q): what a weight's minimum of -1 adds
 };
 
 inline int64_t tiles(int64_t rows) { return (rows + TILE - 1) / TILE; }
@@ -48,6 +51,12 @@ inline int64_t panel_bytes(Format format, int64_t n_in) {
       return n_in / 32 * PANEL * 34;
     case Format::Q4_0:
       return n_in / 32 * PANEL * 18;
+    case Format::Q4_K:
+      return n_in / 256 * PANEL * 144;
+    case Format::Q5_K:
+      return n_in / 256 * PANEL * 176;
+    case Format::Q6_K:
+      return n_in / 256 * PANEL * 210;
     default:
       return 0;
   }

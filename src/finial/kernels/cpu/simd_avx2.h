@@ -148,6 +148,33 @@ FINIAL_INLINE I dot_q4(I acc, I w, I x) {
 }
 FINIAL_INLINE I low_nibbles(I a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 FINIAL_INLINE I high_nibbles(I a) { return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }
+// Bytes [n] of three planes to four of six bits each (packed_k.h).
+FINIAL_INLINE void six_bits(I a, I b, I c, I (&q)[4]) {
+  const I six = _mm256_set1_epi8(63);
+  q[0] = _mm256_and_si256(a, six), q[1] = _mm256_and_si256(b, six), q[2] = _mm256_and_si256(c, six);
+  const I low = _mm256_and_si256(_mm256_srli_epi16(a, 6), _mm256_set1_epi8(3));
+  const I middle = _mm256_and_si256(_mm256_srli_epi16(b, 4), _mm256_set1_epi8(12));
+  const I high = _mm256_and_si256(_mm256_srli_epi16(c, 2), _mm256_set1_epi8(48));
+  q[3] = _mm256_or_si256(_mm256_or_si256(low, middle), high);
+}
+// Nibbles and bit J of each byte as their fifth.
+template <int J>
+FINIAL_INLINE I with_fifth(I nibbles, I bits) {
+  const I at = J < 4 ? _mm256_slli_epi16(bits, J < 4 ? 4 - J : 0) : _mm256_srli_epi16(bits, J < 4 ? 0 : J - 4);
+  return _mm256_or_si256(nibbles, _mm256_and_si256(at, _mm256_set1_epi8(16)));
+}
+// acc + products of four times four bytes in each lane; w of BITS bits. A pair of products is below 2^(BITS + 8), so
+// that four pairs of 5 bits (31 * 127 * 2 * 4 = 31496) and two of 6 bits stay within 16.
+template <int BITS>
+FINIAL_INLINE I dot_four(I acc, const I (&w)[4], const I (&x)[4]) {
+  static_assert(BITS <= 6, "pairs of pairs must fit 16 bits");
+  const I one = _mm256_set1_epi16(1);
+  const I a = _mm256_add_epi16(_mm256_maddubs_epi16(w[0], x[0]), _mm256_maddubs_epi16(w[1], x[1]));
+  const I b = _mm256_add_epi16(_mm256_maddubs_epi16(w[2], x[2]), _mm256_maddubs_epi16(w[3], x[3]));
+  if (BITS <= 5) return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_add_epi16(a, b), one));
+  return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(a, one), _mm256_madd_epi16(b, one)));
+}
+FINIAL_INLINE void store_i(void* p, I a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
 FINIAL_INLINE V to_floats(I a) { return _mm256_cvtepi32_ps(a); }
 FINIAL_INLINE V absolute(V a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 FINIAL_INLINE void store_i8(int8_t* p, V a) {  // nearest even
@@ -155,9 +182,9 @@ FINIAL_INLINE void store_i8(int8_t* p, V a) {  // nearest even
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
-FINIAL_INLINE int32_t sum_i8(const int8_t* p) {  // of 32
+FINIAL_INLINE int32_t sum_i8(const int8_t* p) {  // of 16
   int32_t total = 0;
-  for (int i = 0; i < 32; ++i) total += p[i];
+  for (int i = 0; i < 16; ++i) total += p[i];
   return total;
 }
 

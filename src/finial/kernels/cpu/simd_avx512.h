@@ -129,15 +129,36 @@ FINIAL_INLINE I dot_q8(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x);
 FINIAL_INLINE I dot_q4(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
 FINIAL_INLINE I low_nibbles(I a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 FINIAL_INLINE I high_nibbles(I a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+// Bytes [n] of three planes to four of six bits each (packed_k.h): selections, an immediate is the table of a function
+// of three bits, 0xCA "second where the first is set, else third", 0xF8 "first, or second and third".
+FINIAL_INLINE void six_bits(I a, I b, I c, I (&q)[4]) {
+  const I six = _mm512_set1_epi8(63);
+  q[0] = _mm512_and_si512(a, six), q[1] = _mm512_and_si512(b, six), q[2] = _mm512_and_si512(c, six);
+  const I low = _mm512_ternarylogic_epi32(_mm512_set1_epi8(3), _mm512_srli_epi16(a, 6), _mm512_srli_epi16(b, 4), 0xCA);
+  const I all = _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), low, _mm512_srli_epi16(c, 2), 0xCA);
+  q[3] = _mm512_and_si512(all, six);
+}
+// Nibbles and bit J of each byte as their fifth.
+template <int J>
+FINIAL_INLINE I with_fifth(I nibbles, I bits) {
+  const I at = J < 4 ? _mm512_slli_epi16(bits, J < 4 ? 4 - J : 0) : _mm512_srli_epi16(bits, J < 4 ? 0 : J - 4);
+  return _mm512_ternarylogic_epi32(nibbles, at, _mm512_set1_epi8(16), 0xF8);
+}
+// acc + products of four times four bytes in each lane; w of BITS bits.
+template <int BITS>
+FINIAL_INLINE I dot_four(I acc, const I (&w)[4], const I (&x)[4]) {
+  for (int j = 0; j < 4; ++j) acc = _mm512_dpbusd_epi32(acc, w[j], x[j]);
+  return acc;
+}
+FINIAL_INLINE void store_i(void* p, I a) { _mm512_storeu_si512(p, a); }
 FINIAL_INLINE V to_floats(I a) { return _mm512_cvtepi32_ps(a); }
 FINIAL_INLINE V absolute(V a) { return _mm512_abs_ps(a); }
 FINIAL_INLINE void store_i8(int8_t* p, V a) {  // nearest even
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a)));
 }
-FINIAL_INLINE int32_t sum_i8(const int8_t* p) {  // of 32
-  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  const __m256i s = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), x);
-  const __m128i h = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+FINIAL_INLINE int32_t sum_i8(const int8_t* p) {  // of 16
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m128i h = _mm_dpbusd_epi32(_mm_setzero_si128(), _mm_set1_epi8(1), x);
   const __m128i q = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0x4E));
   return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xB1)));
 }

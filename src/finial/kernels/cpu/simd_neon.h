@@ -127,6 +127,31 @@ FINIAL_INLINE I dot_q8(I acc, I w, I x) {
 FINIAL_INLINE I dot_q4(I acc, I w, I x) { return dot_q8(acc, w, x); }
 FINIAL_INLINE I low_nibbles(I a) { return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(a), vdupq_n_u8(15))); }
 FINIAL_INLINE I high_nibbles(I a) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(a), 4)); }
+// Bytes [n] of three planes to four of six bits each (packed_k.h). vsriq shifts right and keeps the upper bits as they
+// were, so the fourth is put together from its highest bits down.
+FINIAL_INLINE void six_bits(I a, I b, I c, I (&q)[4]) {
+  const uint8x16_t x = vreinterpretq_u8_s32(a), y = vreinterpretq_u8_s32(b), z = vreinterpretq_u8_s32(c);
+  const uint8x16_t six = vdupq_n_u8(63);
+  q[0] = vreinterpretq_s32_u8(vandq_u8(x, six)), q[1] = vreinterpretq_s32_u8(vandq_u8(y, six));
+  q[2] = vreinterpretq_s32_u8(vandq_u8(z, six));
+  q[3] = vreinterpretq_s32_u8(vshrq_n_u8(vsriq_n_u8(z, vsriq_n_u8(y, x, 2), 2), 2));
+}
+// Nibbles and bit J of each byte as their fifth.
+template <int J>
+FINIAL_INLINE I with_fifth(I nibbles, I bits) {
+  const uint8x16_t x = vreinterpretq_u8_s32(bits);
+  uint8x16_t at = x;
+  if constexpr (J < 4) at = vshlq_n_u8(x, 4 - J);
+  if constexpr (J > 4) at = vshrq_n_u8(x, J - 4);
+  return vreinterpretq_s32_u8(vorrq_u8(vreinterpretq_u8_s32(nibbles), vandq_u8(at, vdupq_n_u8(16))));
+}
+// acc + products of four times four bytes in each lane; w of BITS bits.
+template <int BITS>
+FINIAL_INLINE I dot_four(I acc, const I (&w)[4], const I (&x)[4]) {
+  for (int j = 0; j < 4; ++j) acc = dot_q8(acc, w[j], x[j]);
+  return acc;
+}
+FINIAL_INLINE void store_i(void* p, I a) { vst1q_u8(static_cast<uint8_t*>(p), vreinterpretq_u8_s32(a)); }
 FINIAL_INLINE I add_i(I a, I b) { return vaddq_s32(a, b); }
 FINIAL_INLINE V to_floats(I a) { return vcvtq_f32_s32(a); }
 FINIAL_INLINE void store_i8(int8_t* p, V a) {  // nearest even
@@ -135,6 +160,6 @@ FINIAL_INLINE void store_i8(int8_t* p, V a) {  // nearest even
   const int32_t word = vget_lane_s32(bytes, 0);
   std::memcpy(p, &word, 4);
 }
-FINIAL_INLINE int32_t sum_i8(const int8_t* p) { return vaddlvq_s8(vld1q_s8(p)) + vaddlvq_s8(vld1q_s8(p + 16)); }
+FINIAL_INLINE int32_t sum_i8(const int8_t* p) { return vaddlvq_s8(vld1q_s8(p)); }  // of 16
 
 }  // namespace finial::FINIAL_ISA

@@ -1,0 +1,298 @@
+// Products of int8 activations with packed q4_k, q5_k and q6_k weights (layouts: packed_k.h).
+//
+// With d and m a block's f16 factors, s and t a group's six-bit (q6_k: int8) ones, x = a q the rounded activations:
+//   q4_k, q5_k  acc = fma(float(sum_32 level q), (d s) a, acc), acc = fma(m t, -a sum_32 q, acc) for each group of 32
+//   q6_k        acc = fma(s0 sum_16 (level - 32) q + s1 sum_16 (level - 32) q, d a, acc) for each two groups of 16
+// Sums of levels and d s are exact, and so is what q6_k takes from its two groups (below 2^24): what is rounded is two
+// steps a group, so an output is off by at most (n_in / 16 + 4) 2^-24 sum_k |x| (|d s level| + |m t|) against exact
+// arithmetic on the rounded activations (for q6_k with |level - 32| and without t). The order is one at any number of
+// rows.
+//
+// One row of AVX-512, instructions for a block of 256 inputs of 32 outputs: 128 multiplying, 192 (q4_k), 320 (q5_k),
+// 288 (q6_k) to take levels out of their bytes, some 200 for factors and ends of groups; 4608, 5632, 6720 bytes.
+#include "packed_k.h"
+
+#include "simd.h"
+
+namespace finial::FINIAL_ISA {
+
+#if !defined(FINIAL_PACKS_INT8)
+
+void pack_k(const Linear&, uint8_t*, int64_t) {}
+void tile_k(Format, const uint8_t*, const uint8_t*, int64_t, int64_t, float*) {}
+
+#else
+
+namespace {
+
+constexpr int NV = static_cast<int>(PANEL) / W;    // vectors of a panel's outputs
+constexpr int QUAD = static_cast<int>(PANEL) * 4;  // bytes of four inputs of a panel
+constexpr int GROUPS = 8;                          // of a block
+
+FINIAL_INLINE void load_six(const uint8_t* p, int64_t stride, I (&q)[4]) {
+  six_bits(load_i(p), load_i(p + stride), load_i(p + 2 * stride), q);
+}
+
+// What q4_k and q5_k have in common: two factors of a block, a scale and a minimum of a group.
+template <int BITS>
+struct Scaled {
+  static constexpr int HEAD = 512;
+
+  struct Factors {
+    V d[NV], least[NV];
+    alignas(64) uint8_t level[2 * GROUPS * PANEL];
+  };
+
+  FINIAL_INLINE void load(const uint8_t* p, Factors& f) {
+    for (int v = 0; v < NV; ++v) f.d[v] = load_f16(p + v * W * 2), f.least[v] = load_f16(p + PANEL * 2 + v * W * 2);
+    for (int i = 0; i < QUAD; i += W * 4) {
+      I q[4];
+      load_six(p + PANEL * 4 + i, QUAD, q);
+      for (int k = 0; k < 4; ++k) store_i(f.level + k * QUAD + i, q[k]);
+    }
+  }
+  template <int ODD>
+  FINIAL_INLINE void of_group(const Factors& f, const uint8_t*, int group, int v, V& scale, V& second) {
+    const uint8_t* at = f.level + group * PANEL + v * W;
+    scale = mul(f.d[v], load_i8(at)), second = mul(f.least[v], load_i8(at + GROUPS * PANEL));
+  }
+
+  FINIAL_INLINE void start(const Int8Block&, I& low, I& high) { low = high = start_q4(0); }
+  FINIAL_INLINE V add(I low, I high, V scale, V second, V, const Int8Block& x, V acc) {
+    acc = fma(to_floats(add_i(low, high)), mul(scale, set1(x.scale)), acc);
+    return fma(second, set1(x.minimum), acc);
+  }
+};
+
+struct Q4K : Scaled<4> {
+  static constexpr int LEVEL_BITS = 4, PAIR = 8 * QUAD, BYTES = HEAD + 4 * PAIR;
+
+  // Levels of 16 inputs, half a group, of W outputs.
+  template <int ODD, int HALF>
+  FINIAL_INLINE void quads(const uint8_t* pair, int v, I (&q)[4]) {
+    for (int j = 0; j < 4; ++j) {
+      const I both = load_i(pair + (4 * HALF + j) * QUAD + v * W * 4);
+      q[j] = ODD ? high_nibbles(both) : low_nibbles(both);
+    }
+  }
+};
+
+struct Q5K : Scaled<5> {
+  static constexpr int LEVEL_BITS = 5, PAIR = 10 * QUAD, BYTES = HEAD + 4 * PAIR;
+
+  template <int ODD, int HALF>
+  FINIAL_INLINE void quads(const uint8_t* pair, int v, I (&q)[4]) {
+    const I bits = load_i(pair + ODD * QUAD + v * W * 4);
+    Q4K::quads<ODD, HALF>(pair + 2 * QUAD, v, q);
+    q[0] = with_fifth<4 * HALF>(q[0], bits), q[1] = with_fifth<4 * HALF + 1>(q[1], bits);
+    q[2] = with_fifth<4 * HALF + 2>(q[2], bits), q[3] = with_fifth<4 * HALF + 3>(q[3], bits);
+  }
+};
+
+struct Q6K {
+  static constexpr int LEVEL_BITS = 6, HEAD = PANEL * 2, GROUP = PANEL * 2 + 6 * QUAD, PAIR = 2 * GROUP,
+                       BYTES = HEAD + 4 * PAIR;
+
+  struct Factors {
+    V d[NV];
+  };
+
+  FINIAL_INLINE void load(const uint8_t* p, Factors& f) {
+    for (int v = 0; v < NV; ++v) f.d[v] = load_f16(p + v * W * 2);
+  }
+  template <int ODD>
+  FINIAL_INLINE void of_group(const Factors&, const uint8_t* pair, int, int v, V& scale, V& second) {
+    const uint8_t* at = pair + ODD * GROUP + v * W;
+    scale = load_i8(at), second = load_i8(at + PANEL);
+  }
+  template <int ODD, int HALF>
+  FINIAL_INLINE void quads(const uint8_t* pair, int v, I (&q)[4]) {
+    load_six(pair + ODD * GROUP + PANEL * 2 + 3 * HALF * QUAD + v * W * 4, QUAD, q);
+  }
+  FINIAL_INLINE void start(const Int8Block& x, I& low, I& high) {  // a level's bias of 32
+    low = start_q4(4 * x.first), high = start_q4(4 * (x.offset - x.first));
+  }
+  FINIAL_INLINE V add(I low, I high, V scale, V second, V d, const Int8Block& x, V acc) {
+    const V sum = fma(to_floats(high), second, mul(to_floats(low), scale));
+    return fma(sum, mul(d, set1(x.scale)), acc);
+  }
+};
+
+template <class K, int HALF>
+FINIAL_INLINE void half_sums(const I (&w)[NV][4], const Int8Block& x, I (&sums)[NV]) {
+  I quad[4];
+  for (int j = 0; j < 4; ++j) quad[j] = broadcast(x.q + 16 * HALF + 4 * j);
+  for (int v = 0; v < NV; ++v) sums[v] = dot_four<K::LEVEL_BITS>(sums[v], w[v], quad);
+}
+
+// A group of 32 inputs of the panel with all rows of a tile.
+template <class K, int ODD>
+FINIAL_INLINE void add_group(const uint8_t* pair, const typename K::Factors& f, int group, const Int8Block* x,
+                             int64_t rows, float* FINIAL_RESTRICT c) {
+  I w[2][NV][4];
+  V scale[NV], second[NV];
+  for (int v = 0; v < NV; ++v) {
+    K::template quads<ODD, 0>(pair, v, w[0][v]);
+    K::template quads<ODD, 1>(pair, v, w[1][v]);
+    K::template of_group<ODD>(f, pair, group, v, scale[v], second[v]);
+  }
+  for (int64_t r = 0; r < rows; ++r, ++x) {
+    I low[NV], high[NV];
+    for (int v = 0; v < NV; ++v) K::start(*x, low[v], high[v]);
+    half_sums<K, 0>(w[0], *x, low);
+    half_sums<K, 1>(w[1], *x, high);
+    for (int v = 0; v < NV; ++v) {
+      float* at = c + r * PANEL + v * W;
+      store(at, K::add(low[v], high[v], scale[v], second[v], f.d[v], *x, load(at)));
+    }
+  }
+}
+
+template <class K>
+void tile_rows(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks, int64_t rows,
+               float* FINIAL_RESTRICT c) {
+  for (int64_t i = 0; i < rows * PANEL; i += W) store(c + i, zero());
+  for (int64_t b = 0; b < blocks; ++b, w += K::BYTES) {
+    typename K::Factors f;
+    K::load(w, f);
+    for (int p = 0; p < GROUPS / 2; ++p, x += 2 * rows) {
+      const uint8_t* pair = w + K::HEAD + p * K::PAIR;
+      add_group<K, 0>(pair, f, 2 * p, x, rows, c);
+      add_group<K, 1>(pair, f, 2 * p + 1, x + rows, rows, c);
+    }
+  }
+}
+
+// The same sums with nothing but registers between a row's groups.
+template <class K, int ODD>
+FINIAL_INLINE void add_group_to_row(const uint8_t* pair, const typename K::Factors& f, int group, const Int8Block& x,
+                                    V (&acc)[NV]) {
+  I low[NV], high[NV], w[NV][4];
+  for (int v = 0; v < NV; ++v) K::start(x, low[v], high[v]);
+  for (int v = 0; v < NV; ++v) K::template quads<ODD, 0>(pair, v, w[v]);
+  half_sums<K, 0>(w, x, low);
+  for (int v = 0; v < NV; ++v) K::template quads<ODD, 1>(pair, v, w[v]);
+  half_sums<K, 1>(w, x, high);
+  for (int v = 0; v < NV; ++v) {
+    V scale, second;
+    K::template of_group<ODD>(f, pair, group, v, scale, second);
+    acc[v] = K::add(low[v], high[v], scale, second, f.d[v], x, acc[v]);
+  }
+}
+
+template <class K>
+void one_row(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
+             float* FINIAL_RESTRICT c) {
+  V acc[NV];
+  for (V& a : acc) a = zero();
+  for (int64_t b = 0; b < blocks; ++b, w += K::BYTES) {
+    typename K::Factors f;
+    K::load(w, f);
+    for (int p = 0; p < GROUPS / 2; ++p, x += 2) {
+      const uint8_t* pair = w + K::HEAD + p * K::PAIR;
+      add_group_to_row<K, 0>(pair, f, 2 * p, x[0], acc);
+      add_group_to_row<K, 1>(pair, f, 2 * p + 1, x[1], acc);
+    }
+  }
+  for (int v = 0; v < NV; ++v) store(c + v * W, acc[v]);
+}
+
+template <class K>
+void tile_of(const uint8_t* w, const uint8_t* tile, int64_t n_in, int64_t rows, float* c) {
+  const Int8Block* x = reinterpret_cast<const Int8Block*>(tile);
+  if (rows == 1) return one_row<K>(w, x, n_in / 256, c);
+  tile_rows<K>(w, x, n_in / 256, rows, c);
+}
+
+// --- packing --------------------------------------------------------------------------------------------------------
+
+FINIAL_INLINE uint32_t word_of(const uint8_t* p) {
+  uint32_t word;
+  std::memcpy(&word, p, 4);
+  return word;
+}
+
+// Four planes of six-bit levels, four levels of each, into three; `at` says where plane k goes.
+template <class F>
+FINIAL_INLINE void put_six(const uint32_t (&plane)[4], F at) {
+  for (int k = 0; k < 3; ++k) {
+    const uint32_t word = plane[k] | ((plane[3] >> (2 * k)) & 0x03030303u) << 6;
+    at(k, word);
+  }
+}
+
+// The factors of a q4_k or q5_k block (formats.py, _k_scales), output o of a panel. A word is four groups.
+void put_head(const uint8_t* from, int64_t o, uint8_t* out) {
+  std::memcpy(out + 2 * o, from, 2);
+  std::memcpy(out + PANEL * 2 + 2 * o, from + 2, 2);
+  const uint32_t first = word_of(from + 4), second = word_of(from + 8), third = word_of(from + 12);
+  const uint32_t low = 0x0F0F0F0Fu, high = 0x30303030u, six = low | high;
+  put_six(
+      {first & six, (third & low) | ((first >> 2) & high), second & six, ((third >> 4) & low) | ((second >> 2) & high)},
+      [&](int k, uint32_t word) {
+        for (int t = 0; t < 4; ++t) out[PANEL * 4 + k * QUAD + t * PANEL + o] = static_cast<uint8_t>(word >> (8 * t));
+      });
+}
+
+FINIAL_INLINE void put_nibbles(const uint8_t* from, int64_t o, uint8_t* out, int64_t pair_bytes) {
+  for (int p = 0; p < 4; ++p)
+    for (int j = 0; j < 8; ++j) std::memcpy(out + p * pair_bytes + j * QUAD + o * 4, from + p * 32 + j * 4, 4);
+}
+
+void put_q4_k(const uint8_t* from, int64_t o, uint8_t* out) {
+  put_head(from, o, out);
+  put_nibbles(from + 16, o, out + Q4K::HEAD, Q4K::PAIR);
+}
+
+void put_q5_k(const uint8_t* from, int64_t o, uint8_t* out) {
+  put_head(from, o, out);
+  put_nibbles(from + 48, o, out + Q5K::HEAD + 2 * QUAD, Q5K::PAIR);
+  for (int group = 0; group < GROUPS; ++group) {  // bit `group` of byte i is that of input i
+    uint32_t bits = 0;
+    for (int j = 0; j < 8; ++j) bits |= ((word_of(from + 16 + 4 * j) >> group) & 0x01010101u) << j;
+    std::memcpy(out + Q5K::HEAD + group / 2 * Q5K::PAIR + group % 2 * QUAD + o * 4, &bits, 4);
+  }
+}
+
+void put_q6_k(const uint8_t* from, int64_t o, uint8_t* out) {
+  std::memcpy(out + 2 * o, from + 208, 2);
+  for (int group = 0; group < GROUPS; ++group) {
+    const uint8_t *low = from + group / 4 * 64 + group % 2 * 32, *high = from + 128 + group / 4 * 32;
+    const int nibble = group % 4 < 2 ? 0 : 4, pair = 2 * (group % 4);
+    uint8_t* to = out + Q6K::HEAD + group * Q6K::GROUP;
+    to[o] = from[192 + 2 * group], to[PANEL + o] = from[193 + 2 * group];
+    to += PANEL * 2 + o * 4;
+    for (int half = 0; half < 2; ++half, to += 3 * QUAD) {
+      uint32_t plane[4];
+      for (int j = 0; j < 4; ++j)
+        plane[j] = ((word_of(low + 16 * half + 4 * j) >> nibble) & 0x0F0F0F0Fu) |
+                   ((word_of(high + 16 * half + 4 * j) >> pair) & 0x03030303u) << 4;
+      put_six(plane, [&](int k, uint32_t word) { std::memcpy(to + k * QUAD, &word, 4); });
+    }
+  }
+}
+
+void put_panel(const Linear& l, uint8_t* out, int64_t first, void (*put)(const uint8_t*, int64_t, uint8_t*)) {
+  const int64_t block = FORMATS[static_cast<int>(l.format)].block_bytes;
+  for (int64_t b = 0; b < l.n_in / 256; ++b, out += block * PANEL)
+    for (int64_t o = 0; o < PANEL && first + o < l.n_out; ++o)
+      put(l.weight + (first + o) * l.row_bytes + b * block, o, out);
+}
+
+}  // namespace
+
+void pack_k(const Linear& l, uint8_t* out, int64_t first) {
+  if (l.format == Format::Q4_K) put_panel(l, out, first, put_q4_k);
+  if (l.format == Format::Q5_K) put_panel(l, out, first, put_q5_k);
+  if (l.format == Format::Q6_K) put_panel(l, out, first, put_q6_k);
+}
+
+void tile_k(Format format, const uint8_t* w, const uint8_t* tile, int64_t n_in, int64_t rows, float* c) {
+  if (format == Format::Q4_K) tile_of<Q4K>(w, tile, n_in, rows, c);
+  if (format == Format::Q5_K) tile_of<Q5K>(w, tile, n_in, rows, c);
+  if (format == Format::Q6_K) tile_of<Q6K>(w, tile, n_in, rows, c);
+}
+
+#endif
+
+}  // namespace finial::FINIAL_ISA
