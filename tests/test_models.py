@@ -72,7 +72,8 @@ def rounding_reference(precision: str) -> Iterator[None]:
             x = Tensor.from_array(x, "bf16").decode()
         elif precision == "int8":
             blocks = x.reshape(len(x), -1, 32)
-            step = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
+            part, power = np.frexp(np.abs(blocks).max(-1, keepdims=True) / np.float32(127))
+            step = np.ldexp(np.ceil(part * 32) / 32, power)  # up to five significant bits
             x = (np.rint(blocks / np.where(step > 0, step, 1)) * step).reshape(x.shape)
         return plain(x, weight, bias)
 

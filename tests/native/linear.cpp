@@ -1,5 +1,6 @@
 // linear: every format, odd sizes, 1 to 33 rows; a row's result the same in any company and on any number of threads.
 #include <cmath>
+#include <cstring>
 
 #include "support.h"
 
@@ -26,8 +27,11 @@ Doubles taken(Rounding rounding, const Floats& x) {
   for (size_t i = 0; i < x.size(); i += 32) {
     float most = 0;
     for (size_t j = i; j < i + 32; ++j) most = std::fmax(most, std::fabs(x[j]));
-    const float inverse = most > 0 ? 127 / most : 0;
-    for (size_t j = i; j < i + 32; ++j) out[j] = std::nearbyint(x[j] * inverse) * static_cast<double>(most / 127);
+    int exponent;
+    const float fraction = std::frexp(most / 127, &exponent);
+    const float scale = most > 0 ? std::ldexp(std::ceil(fraction * 32) / 32, exponent) : 1;
+    const float inverse = 1 / scale;
+    for (size_t j = i; j < i + 32; ++j) out[j] = std::nearbyint(x[j] * inverse) * static_cast<double>(scale);
   }
   return out;
 }
@@ -64,6 +68,53 @@ void test_case(Report& report, const Kernels* kernels, Format format, int64_t n_
     const Floats y = compute(count % 2 == 0 ? one : three, w, bias, first, count);
     report.equal(y.data(), whole.data(), count * n_out, name + ": its first " + std::to_string(count) + " rows alone");
   }
+}
+
+// Scales that no model has, but a file may, and rows that are nothing, huge or no number: in a batch as alone.
+void test_unusual(Report& report, const Kernels* kernels, Format format) {
+  constexpr int64_t IN = 96, OUT = 40, ROWS = 61;
+  const Weight w(format, OUT, IN, 7);
+  std::vector<uint8_t> bytes(static_cast<size_t>(OUT * w.linear().row_bytes));
+  std::memcpy(bytes.data(), w.row(0), bytes.size());
+  const uint16_t scales[] = {0x0000, 0x8000, 0x0001, 0x7BFF, 0x7C00, 0xFC00, 0x7E00, 0x8400};  // zeros to infinity, NaN
+  for (size_t i = 0; i < 8; ++i)
+    std::memcpy(bytes.data() + static_cast<size_t>(w.linear().row_bytes) * (i < 4 ? i : i + 30), &scales[i], 2);
+  Random random(9);
+  Floats x = random.normals(ROWS * IN);
+  for (int64_t i = 0; i < 32; ++i) {
+    x[static_cast<size_t>(3 * IN + i)] = 0;
+    x[static_cast<size_t>(4 * IN + i)] *= 1e-36f;
+    x[static_cast<size_t>(5 * IN + i)] *= 1e33f;
+    x[static_cast<size_t>(7 * IN + i)] *= 1e-42f;
+  }
+  x[12 * IN] = INFINITY, x[14 * IN + 40] = NAN, x[60 * IN] = -INFINITY;
+  const auto product = [&](int64_t first, int64_t rows, int threads) {
+    Program program(std::make_shared<Pool>(threads), kernels);
+    const int n = program.dimension(), in = program.input(n, IN), out = program.output(n, OUT);
+    Linear l = w.linear();
+    l.weight = bytes.data();
+    program.linears(in, nullptr, 0, 0, {{out, program.weight(l, false, nullptr)}});
+    Floats y(static_cast<size_t>(rows * OUT)), part(x.begin() + first * IN, x.begin() + (first + rows) * IN);
+    program.run({rows}, {}, {array(part, rows)}, {array(y, rows)}, program.new_state(0, 1));
+    return y;
+  };
+  const Floats together = product(0, ROWS, 2);
+  int64_t different = 0, numbers = 0;
+  for (int64_t t = 0; t < ROWS; ++t) {
+    const Floats alone = product(t, 1, 1);
+    for (int64_t o = 0; o < OUT; ++o) {
+      const float a = alone[static_cast<size_t>(o)], b = together[static_cast<size_t>(t * OUT + o)];
+      different += std::isnan(a) ? !std::isnan(b) : std::memcmp(&a, &b, 4) != 0;
+      numbers += std::isfinite(a);
+    }
+  }
+  const std::string name = std::string(kernels->name) + " linear " + info(format).name + ", unusual numbers: ";
+  report.expect(different == 0, name + std::to_string(different) + " differ in company");
+  report.expect(numbers > OUT * ROWS / 2, name + std::to_string(numbers) + " finite");
+  bool spread = true;
+  for (int64_t t : {12, 14, 60})
+    for (int64_t o = 4; o < 34; ++o) spread &= std::isnan(together[static_cast<size_t>(t * OUT + o)]);
+  report.expect(spread || kernels->rounding(format) != Rounding::INT8, name + "a row's NaN must reach its results");
 }
 
 // Products that share a normalised input, one of them gated by another, to one of them something added: the same bits
@@ -117,6 +168,10 @@ void test_linear(Report& report, const Kernels* kernels) {
   for (int64_t i = 1; i <= 33; ++i) all.push_back(i);
   for (Format format : {Format::F32, Format::BF16, Format::Q8_0, Format::Q4_0, Format::Q4_K, Format::Q6_K})
     for (int64_t rows : {1, 13, 33}) test_fused(report, kernels, format, rows, rows == 13 ? 1 : 3);
+  for (Format format : {Format::BF16, Format::Q8_0, Format::Q4_0}) {
+    test_fused(report, kernels, format, 61, 2);
+    if (format != Format::BF16) test_unusual(report, kernels, format);
+  }
   for (int f = 0; f < static_cast<int>(Format::COUNT); ++f) {
     const Format format = static_cast<Format>(f);
     const int64_t block = info(format).block;
@@ -131,6 +186,7 @@ void test_linear(Report& report, const Kernels* kernels) {
       for (int64_t n_in : {1, 2, 7, 15, 31, 63, 65, 127}) test_case(report, kernels, format, 3, n_in, true, few);
     if (block == 32)
       for (int64_t n_in : {32, 64, 96}) test_case(report, kernels, format, 1, n_in, true, few);
+    if (info(format).block <= 32) test_case(report, kernels, format, 40, 96, true, {47, 48, 49, 84, 169, 180});
   }
 }
 

@@ -333,7 +333,8 @@ class CpuBackend:
         """What the input of a `linear` with weights of this format is rounded to, by the instruction set.
 
         "f32" is not at all; "bf16" to nearest even, at most 2^-8 of each value; "int8" to a step of absmax / 127 in
-        each block of 32 along the input, to nearest even, so at most half a step.
+        each block of 32 along the input, that itself rounded up to five significant bits, to nearest even, so at most
+        half a step.
         """
         return _native.activations(format, self._isa)
 

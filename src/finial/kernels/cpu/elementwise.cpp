@@ -17,7 +17,7 @@ int64_t linear_scratch(const Linear&, int64_t rows);
 void linear(const Linear&, const float* x, float* y, int64_t rows, int64_t begin, int64_t end, float* scratch);
 Rounding rounding(Format);
 void pack(const Linear&, uint8_t* panels, int64_t begin, int64_t end);
-void round_row(Rounding, const float* x, int64_t n_in, int64_t row, int64_t rows, uint8_t* tile);
+void round_tile(Rounding, const float* x, int64_t n_in, int64_t rows, uint8_t* tile);
 void multiply(const Product&, int64_t begin, int64_t end);
 int64_t peak(Rounding, int64_t rounds, float* sink);
 int64_t attention_scratch(int64_t head_dim, int64_t queries);
@@ -158,7 +158,7 @@ const Kernels kernels = {FINIAL_TEXT(FINIAL_ISA),
                          linear_scratch,
                          rounding,
                          pack,
-                         round_row,
+                         round_tile,
                          multiply,
                          peak,
                          decode,

@@ -44,6 +44,7 @@ struct Product {
   const float* add;      // [rows, n_out] added to the result, or null
   float* y;              // [rows, n_out]; may be `add`
   int64_t rows;
+  int64_t begin, end;  // the tiles of rows that take part, at most GROUP
 };
 
 enum class CacheType : int { F32, BF16, Q8_0 };
@@ -94,10 +95,9 @@ struct Kernels {
   int64_t (*linear_scratch)(const Linear&, int64_t rows);
   // How this instruction set wants the activations of a format; None: weights stay in place and `linear` multiplies.
   Rounding (*rounding)(Format);
-  void (*pack)(const Linear&, uint8_t* panels, int64_t begin, int64_t end);  // panels begin <= i < end
-  // Row `row` of a tile of `rows` rows, into the tile.
-  void (*round)(Rounding, const float* x, int64_t n_in, int64_t row, int64_t rows, uint8_t* tile);
-  void (*multiply)(const Product&, int64_t begin, int64_t end);  // panels begin <= i < end
+  void (*pack)(const Linear&, uint8_t* panels, int64_t begin, int64_t end);            // panels begin <= i < end
+  void (*round)(Rounding, const float* x, int64_t n_in, int64_t rows, uint8_t* tile);  // a tile of x [rows, n_in]
+  void (*multiply)(const Product&, int64_t begin, int64_t end);                        // panels begin <= i < end
   // Nothing but the multiplying instruction, on registers, `rounds` times; returns the operations done, 0 without one.
   int64_t (*peak)(Rounding, int64_t rounds, float* sink);
   // n elements, the start on a block boundary and n whole blocks.

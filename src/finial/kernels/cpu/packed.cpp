@@ -16,9 +16,10 @@
 // of one thread reach 228 of 236 GFLOP/s in bf16, 359 of 473 in int8 (q8_0 and q4_0 alike).
 #include "packed.h"
 
+#include "packed_bf16.h"
+#include "packed_int8.h"
 #include "packed_k.h"
 #include "vector_exp.h"
-#include "weights.h"
 
 namespace finial::FINIAL_ISA {
 
@@ -79,207 +80,31 @@ int64_t peak(Rounding kind, int64_t rounds, float* sink) {
 #if !defined(FINIAL_PACKS_INT8)
 
 void pack(const Linear&, uint8_t*, int64_t, int64_t) {}
-void round_row(Rounding, const float*, int64_t, int64_t, int64_t, uint8_t*) {}
+void round_tile(Rounding, const float*, int64_t, int64_t, uint8_t*) {}
 void multiply(const Product&, int64_t, int64_t) {}
 
 #else
 
 namespace {
 
-constexpr int NV = static_cast<int>(PANEL) / W;  // vectors of a panel's outputs
-
-struct Q8 {
-  static constexpr int WORDS = 8;  // 4-byte groups of an output's block
-  static constexpr int BLOCK = 32 * 34;
-  FINIAL_INLINE void load(const uint8_t* p, I (&w)[8][NV]) {
-    for (int j = 0; j < 8; ++j)
-      for (int v = 0; v < NV; ++v) w[j][v] = load_i(p + (j * NV + v) * W * 4);
-  }
-  FINIAL_INLINE I start(int32_t offset) { return start_q8(offset); }
-  FINIAL_INLINE I dot(I acc, I w, I x) { return dot_q8(acc, w, x); }
-};
-
-struct Q4 {
-  static constexpr int WORDS = 4;
-  static constexpr int BLOCK = 32 * 18;
-  FINIAL_INLINE void load(const uint8_t* p, I (&w)[8][NV]) {
-    for (int j = 0; j < 4; ++j)
-      for (int v = 0; v < NV; ++v) {
-        const I both = load_i(p + (j * NV + v) * W * 4);
-        w[j][v] = low_nibbles(both), w[j + 4][v] = high_nibbles(both);
-      }
-  }
-  FINIAL_INLINE I start(int32_t offset) { return start_q4(offset); }
-  FINIAL_INLINE I dot(I acc, I w, I x) { return dot_q4(acc, w, x); }
-};
-
-// One block of 32 inputs of a panel with one row.
-template <class Q>
-FINIAL_INLINE void add_block(const I (&w)[8][NV], const V (&scale)[NV], const Int8Block& x, V (&acc)[NV]) {
-  I sums[NV];
-  for (int v = 0; v < NV; ++v) sums[v] = Q::start(x.offset);
-  for (int j = 0; j < 8; ++j) {
-    const I quad = broadcast(x.q + 4 * j);
-    for (int v = 0; v < NV; ++v) sums[v] = Q::dot(sums[v], w[j][v], quad);
-  }
-  const V s = set1(x.scale);
-  for (int v = 0; v < NV; ++v) acc[v] = fma(to_floats(sums[v]), mul(scale[v], s), acc[v]);
-}
-
-// c [rows, PANEL] = a panel times a tile of int8 rows.
-template <class Q>
-void tile_int8(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT tile, int64_t n_in, int64_t rows,
-               float* FINIAL_RESTRICT c) {
-  const Int8Block* x = reinterpret_cast<const Int8Block*>(tile);
-  const int64_t blocks = n_in / 32;
-  if (rows == 1) {
-    V acc[NV];
-    for (V& a : acc) a = zero();
-    for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK) {
-      I weights[8][NV];
-      V scale[NV];
-      for (int v = 0; v < NV; ++v) scale[v] = load_f16(w + v * W * 2);
-      Q::load(w + PANEL * 2, weights);
-      add_block<Q>(weights, scale, x[b], acc);
-    }
-    for (int v = 0; v < NV; ++v) store(c + v * W, acc[v]);
-    return;
-  }
-  for (int64_t i = 0; i < rows * PANEL; i += W) store(c + i, zero());
-  for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK) {
-    I weights[8][NV];
-    V scale[NV];
-    for (int v = 0; v < NV; ++v) scale[v] = load_f16(w + v * W * 2);
-    Q::load(w + PANEL * 2, weights);
-    for (int64_t r = 0; r < rows; ++r, ++x) {
-      V acc[NV];
-      for (int v = 0; v < NV; ++v) acc[v] = load(c + r * PANEL + v * W);
-      add_block<Q>(weights, scale, *x, acc);
-      for (int v = 0; v < NV; ++v) store(c + r * PANEL + v * W, acc[v]);
-    }
-  }
-}
-
-#if defined(FINIAL_PACKS_BF16)
-
-constexpr int64_t AHEAD = 2048;
-
-FINIAL_INLINE void prefetch(const uint8_t* p) {  // a pair of inputs of a panel: 128 bytes
-  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
-  _mm_prefetch(reinterpret_cast<const char*>(p) + 64, _MM_HINT_T0);
-}
-
-template <int M>
-void tile_bf16(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT x, int64_t n_in,
-               float* FINIAL_RESTRICT c) {
-  V acc[M][NV];
-  for (int r = 0; r < M; ++r)
-    for (int v = 0; v < NV; ++v) acc[r][v] = zero();
-  for (int64_t k = 0; k < n_in; k += 2, w += PANEL * 4, x += 4 * M) {
-    I weight[NV];
-    if (M >= 6) prefetch(w + AHEAD);  // the arithmetic fills the out-of-order window: memory would be asked too late
-    for (int v = 0; v < NV; ++v) weight[v] = load_i(w + v * W * 4);
-    for (int r = 0; r < M; ++r) {
-      const I pair = broadcast(x + 4 * r);
-      for (int v = 0; v < NV; ++v) acc[r][v] = dot_bf16(acc[r][v], weight[v], pair);
-    }
-  }
-  for (int r = 0; r < M; ++r)
-    for (int v = 0; v < NV; ++v) store(c + r * PANEL + v * W, acc[r][v]);
-}
-
-using TileBF16 = void (*)(const uint8_t*, const uint8_t*, int64_t, float*);
-constexpr TileBF16 TILES_BF16[TILE + 1] = {nullptr,       tile_bf16<1>,  tile_bf16<2>, tile_bf16<3>, tile_bf16<4>,
-                                           tile_bf16<5>,  tile_bf16<6>,  tile_bf16<7>, tile_bf16<8>, tile_bf16<9>,
-                                           tile_bf16<10>, tile_bf16<11>, tile_bf16<12>};
-
-void round_bf16(const float* x, int64_t n_in, int64_t row, int64_t rows, uint8_t* tile) {
-  uint8_t* out = tile + 4 * row;
-  int64_t k = 0;
-  if (rows == 1) {
-    for (; k + W <= n_in; k += W) store_bf16(out + 2 * k, load(x + k));
-  } else {
-    for (; k + W <= n_in; k += W) {
-      uint32_t pairs[W / 2];
-      store_bf16(reinterpret_cast<uint8_t*>(pairs), load(x + k));
-      for (int i = 0; i < W / 2; ++i) std::memcpy(out + (k / 2 + i) * 4 * rows, &pairs[i], 4);
-    }
-  }
-  if (k < n_in) {
-    uint32_t pairs[W / 2];
-    store_bf16(reinterpret_cast<uint8_t*>(pairs), load_n(x + k, n_in - k));
-    for (int64_t i = 0; i < (n_in - k + 1) / 2; ++i) std::memcpy(out + (k / 2 + i) * 4 * rows, &pairs[i], 4);
-  }
-}
-
-void pack_bf16(const Linear& l, uint8_t* out, int64_t first) {
-  constexpr int64_t STEP = 16;  // pairs: a cache line of each row
-  const int64_t whole = l.n_in / 2;
-  for (int64_t k = 0; k < whole; k += STEP) {
-    const int64_t count = whole - k < STEP ? whole - k : STEP;
-    for (int64_t o = 0; o < PANEL && first + o < l.n_out; ++o) {
-      const uint8_t* from = l.weight + (first + o) * l.row_bytes + k * 4;
-      uint8_t* to = out + (k * PANEL + o) * 4;
-      for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * PANEL * 4, from + i * 4, 4);
-    }
-  }
-  if (l.n_in % 2 != 0)
-    for (int64_t o = 0; o < PANEL && first + o < l.n_out; ++o)
-      std::memcpy(out + (whole * PANEL + o) * 4, l.weight + (first + o) * l.row_bytes + whole * 4, 2);
-}
-
-#endif
-
-void round_int8(const float* x, int64_t n_in, int64_t row, int64_t rows, uint8_t* tile) {
-  Int8Block* out = reinterpret_cast<Int8Block*>(tile) + row;
-  for (int64_t k = 0; k < n_in; k += 32, out += rows) {
-    V top = zero(), poison = zero();
-    for (int i = 0; i < 32; i += W) {
-      const V a = load(x + k + i);
-      top = max(top, absolute(a));
-      poison = fma(a, zero(), poison);  // NaN where an activation is not finite: it must reach the result
-    }
-    const float most = largest(top);
-    const float inverse = most > 0 ? 127.0f / most : 0.0f;
-    // Below 127 / 2^128 the inverse overflows: such a block is zero to any result that matters.
-    const V by = set1(inverse < 3e38f ? inverse : 0.0f);
-    for (int i = 0; i < 32; i += W) store_i8(out->q + i, mul(load(x + k + i), by));
-    out->scale = most / 127.0f + sum(poison);
-    out->first = -8 * sum_i8(out->q);
-    out->offset = out->first - 8 * sum_i8(out->q + 16);
-    out->minimum = out->scale * 0.125f * static_cast<float>(out->offset);
-  }
-}
-
-template <class Q>
-void pack_blocks(const Linear& l, uint8_t* out, int64_t first, uint32_t flip) {
-  for (int64_t b = 0; b < l.n_in / 32; ++b, out += Q::BLOCK) {
-    for (int64_t o = 0; o < PANEL && first + o < l.n_out; ++o) {
-      const uint8_t* from = l.weight + (first + o) * l.row_bytes + b * (2 + 4 * Q::WORDS);
-      std::memcpy(out + 2 * o, from, 2);
-      for (int j = 0; j < Q::WORDS; ++j) {
-        uint32_t word;
-        std::memcpy(&word, from + 2 + 4 * j, 4);
-        word ^= flip;
-        std::memcpy(out + PANEL * 2 + (j * PANEL + o) * 4, &word, 4);
-      }
-    }
-  }
-}
-
-FINIAL_INLINE void tile(const Linear& l, int64_t panel, const uint8_t* x, int64_t rows, float* c) {
+// c [rows of the product's tiles, PANEL] = panel `panel` of a matrix times them.
+FINIAL_INLINE void meet(const Linear& l, int64_t panel, const Product& p, const Target& target, float* c) {
   const uint8_t* w = l.packed + panel * panel_bytes(l.format, l.n_in);
   switch (l.format) {
 #if defined(FINIAL_PACKS_BF16)
     case Format::BF16:
-      return TILES_BF16[rows](w, x, l.n_in, c);
+      return tiles_bf16(w, p.x, p.rows, p.begin, p.end, l.n_in, target, c);
 #endif
     case Format::Q8_0:
-      return tile_int8<Q8>(w, x, l.n_in, rows, c);
+      return tiles_int8<Q8>(w, p.x, p.rows, p.begin, p.end, l.n_in / 32, target, c);
     case Format::Q4_0:
-      return tile_int8<Q4>(w, x, l.n_in, rows, c);
+      return tiles_int8<Q4>(w, p.x, p.rows, p.begin, p.end, l.n_in / 32, target, c);
     default:
-      return tile_k(l.format, w, x, l.n_in, rows, c);
+      for (int64_t i = p.begin; i < p.end; ++i) {
+        const Tile t = tile_of(p.rows, i);
+        tile_k(l.format, w, p.x + t.first * rounded_bytes(Rounding::INT8, l.n_in), l.n_in, t.count, c);
+        c += t.count * PANEL;
+      }
   }
 }
 
@@ -331,24 +156,22 @@ void pack(const Linear& l, uint8_t* out, int64_t begin, int64_t end) {
   }
 }
 
-void round_row(Rounding rounding, const float* x, int64_t n_in, int64_t row, int64_t rows, uint8_t* tile) {
+void round_tile(Rounding rounding, const float* x, int64_t n_in, int64_t rows, uint8_t* tile) {
 #if defined(FINIAL_PACKS_BF16)
-  if (rounding == Rounding::BF16) return round_bf16(x, n_in, row, rows, tile);
+  if (rounding == Rounding::BF16) return round_bf16(x, n_in, rows, tile);
 #endif
-  if (rounding == Rounding::INT8) round_int8(x, n_in, row, rows, tile);
+  if (rounding == Rounding::INT8) round_int8(x, n_in, rows, tile);
 }
 
 void multiply(const Product& p, int64_t begin, int64_t end) {
-  alignas(64) float first[TILE * PANEL], second[TILE * PANEL];
-  const int64_t n = tiles(p.rows), bytes = rounded_bytes(rounding(p.first->format), p.first->n_in);
+  alignas(64) float first[GROUP * TILE * PANEL], second[GROUP * TILE * PANEL];
+  const int64_t row = tile_of(p.rows, p.begin).first,
+                past = p.end < tiles(p.rows) ? tile_of(p.rows, p.end).first : p.rows;
   for (int64_t panel = begin; panel < end; ++panel) {
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t row = p.rows * i / n, rows = p.rows * (i + 1) / n - row;
-      const uint8_t* x = p.x + row * bytes;
-      tile(*p.first, panel, x, rows, first);
-      if (p.second != nullptr) tile(*p.second, panel, x, rows, second);
-      finish(p, panel, row, rows, first, second);
-    }
+    const Target target{p.y + row * p.first->n_out + panel * PANEL, p.first->n_out};
+    meet(*p.first, panel, p, target, first);
+    if (p.second != nullptr) meet(*p.second, panel, p, target, second);
+    finish(p, panel, row, past - row, first, second);
   }
 }
 

@@ -10,7 +10,8 @@
 //
 // Activations are rounded to what the multiplying instruction takes, once for all products that share them:
 //   bf16  nearest even; [pair of inputs][row of the tile][2]
-//   int8  blocks of 32 inputs: scale absmax / 127, nearest even; [block][row of the tile] of Int8Block
+//   int8  blocks of 32 inputs, nearest even; the scale is absmax / 127 rounded up to five significant bits, so that its
+//         product with an f16 is exact; [block][row of the tile] of Int8Block
 // in tiles of at most TILE rows, as even as possible: tile i of n holds rows [rows i / n, rows (i + 1) / n).
 #pragma once
 
@@ -21,12 +22,15 @@ namespace finial {
 struct Int8Block {
   int8_t q[32];
   float scale;
-  int32_t offset;  // -8 sum(q): what a nibble's bias of 8 adds, taken back
-  int32_t first;   // the same of the first 16
-  float minimum;   // -scale sum(q): what a weight's minimum of -1 adds
+  int32_t offset;     // -8 sum(q): what a nibble's bias of 8 adds, taken back
+  int32_t offset_q8;  // -128 sum(q): the same for packed bytes of q8_0, where they are biased
+  int32_t first;      // -8 sum(q) of the first 16
+  float minimum;      // -scale sum(q): what a weight's minimum of -1 adds
 };
 
 inline int64_t tiles(int64_t rows) { return (rows + TILE - 1) / TILE; }
+// Tiles that meet a panel together: their results, at most 21 KiB, stay in the first-level cache.
+constexpr int64_t GROUP = 14;
 inline int64_t panels(const Linear& l) { return (l.n_out + PANEL - 1) / PANEL; }
 
 // Bytes of a row of rounded activations.

@@ -190,7 +190,7 @@ class Program {
   void check_sequences(const Step& step, const SequenceMap& map) const;
   void reserve(Step& step);
   void execute(const Instruction& i, const Step& step, int thread);
-  void multiply(const Linears& p, const Step& step, int thread);
+  void multiply(const Linears& p, const Step& step, int thread, std::atomic<int64_t>& next);
   const uint8_t* prepare(const Linears& p, const Step& step, int64_t rows, int thread, uint8_t*& scratch);
 
   std::shared_ptr<Pool> pool_;

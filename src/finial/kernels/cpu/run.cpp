@@ -35,7 +35,9 @@ int64_t rounded(int64_t count, int64_t unit) { return (count + unit - 1) / unit 
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int64_t LINE = 16;  // floats in a cache line: shares end on these, so that no line has two writers
+constexpr int64_t GROUP_BYTES = int64_t{640}
+                                << 10;  // of rounded rows: with two panels they fit a second-level cache of 1 MiB
+constexpr int64_t LINE = 16;            // floats in a cache line: shares end on these, so that no line has two writers
 
 }  // namespace
 
@@ -156,7 +158,7 @@ void Program::reserve(Step& step) {
       for (const Linears::Member& m : p.members)
         if (p.rounding == Rounding::None)
           wanted = std::max(wanted, kernels_->linear_scratch(weights_[static_cast<size_t>(m.weight)], rows));
-      wanted += TILE * row / 4 + rounded(x.width, LINE);
+      wanted += TILE * row / 4 + rounded(TILE * x.width, LINE);
       int64_t& whole = shared[static_cast<int>(p.rounding)];
       if (rows > TILE) whole = std::max(whole, rows * row);
     }
@@ -287,28 +289,27 @@ const uint8_t* Program::prepare(const Linears& p, const Step& step, int64_t rows
   uint8_t* out = shared ? step.rounded[static_cast<int>(p.rounding)] : scratch;
   scratch += TILE * rounded(bytes, 64);
   float* normal = reinterpret_cast<float*>(scratch);
-  scratch += rounded(width, LINE) * 4;
+  scratch += rounded(TILE * width, LINE) * 4;
   const int64_t count = tiles(rows);
   const Range part = shared ? share(count, thread, pool_->threads()) : Range{0, count};
   for (int64_t tile = part.begin; tile < part.end; ++tile) {
     const int64_t first = rows * tile / count, size = rows * (tile + 1) / count - first;
-    uint8_t* to = out + first * bytes;
-    for (int64_t r = 0; r < size; ++r) {
-      const float* row = x + (first + r) * width;
-      if (p.norm != nullptr) {
-        float* y = p.rounding == Rounding::None ? reinterpret_cast<float*>(to + r * bytes) : normal;
-        kernels_->rms_norm(row, p.norm, y, width, p.eps);
-        row = y;
-      }
-      if (p.rounding != Rounding::None) kernels_->round(p.rounding, row, width, r, size, to);
+    const float* from = x + first * width;
+    if (p.norm != nullptr) {
+      float* y = p.rounding == Rounding::None ? reinterpret_cast<float*>(out + first * bytes) : normal;
+      for (int64_t r = 0; r < size; ++r) kernels_->rms_norm(from + r * width, p.norm, y + r * width, width, p.eps);
+      from = y;
     }
+    if (p.rounding != Rounding::None) kernels_->round(p.rounding, from, width, size, out + first * bytes);
   }
   if (shared) pool_->barrier();
   return out;
 }
 
-// A thread's share of all the products: an equal part of the bytes that they read.
-void Program::multiply(const Linears& p, const Step& step, int thread) {
+// Few rows: every thread takes an equal part of the bytes of the weights, one contiguous run of each matrix. Many rows:
+// threads take panels as they come free, for a group of tiles after the other, so that its rounded rows stay in the
+// second-level cache; what they take gets smaller towards the end.
+void Program::multiply(const Linears& p, const Step& step, int thread, std::atomic<int64_t>& next) {
   const auto at = [&](int buffer) { return step.buffers[static_cast<size_t>(buffer)]; };
   const auto matrix = [&](int index) -> const finial::Linear& { return weights_[static_cast<size_t>(index)]; };
   const int64_t rows = step.rows(buffers_[static_cast<size_t>(p.x)]);
@@ -316,6 +317,40 @@ void Program::multiply(const Linears& p, const Step& step, int thread) {
   uint8_t* scratch = reinterpret_cast<uint8_t*>(step.scratch + thread * step.scratch_stride);
   const uint8_t* x = prepare(p, step, rows, thread, scratch);
   const bool packed = p.rounding != Rounding::None;
+  const auto product = [&](const Linears::Member& m, int64_t first_tile, int64_t last_tile) {
+    return Product{&matrix(m.weight),
+                   m.second < 0 ? nullptr : &matrix(m.second),
+                   x,
+                   m.add < 0 ? nullptr : at(m.add),
+                   at(m.out),
+                   rows,
+                   first_tile,
+                   last_tile};
+  };
+  if (packed && rows > TILE) {
+    const int64_t row = rounded_bytes(p.rounding, matrix(p.members[0].weight).n_in), count = tiles(rows),
+                  most = std::clamp<int64_t>(GROUP_BYTES / (TILE * row), 1, GROUP), groups = (count + most - 1) / most;
+    int64_t together = 0;
+    for (const Linears::Member& m : p.members) together += panels(matrix(m.weight));
+    const int64_t all = groups * together;
+    for (;;) {
+      int64_t from = next.load(std::memory_order_relaxed), to;
+      do {
+        if (from >= all) return;
+        to = from + std::max<int64_t>((all - from) / (4 * pool_->threads()), 1);
+        to = std::min(to, (from / together + 1) * together);
+      } while (!next.compare_exchange_weak(from, to, std::memory_order_relaxed));
+      const int64_t group = from / together;
+      int64_t before = group * together;
+      for (const Linears::Member& m : p.members) {
+        const int64_t size = panels(matrix(m.weight)), begin = std::max<int64_t>(from - before, 0),
+                      end = std::min(to - before, size);
+        if (begin < end)
+          kernels_->multiply(product(m, count * group / groups, count * (group + 1) / groups), begin, end);
+        before += size;
+      }
+    }
+  }
   const auto unit = [&](const Linears::Member& m) {  // bytes
     const finial::Linear& l = matrix(m.weight);
     const int64_t one = packed ? panel_bytes(l.format, l.n_in) : LINE * l.row_bytes;
@@ -336,11 +371,11 @@ void Program::multiply(const Linears& p, const Step& step, int thread) {
     const int64_t begin = edge(thread), end = thread + 1 == pool_->threads() ? count : edge(thread + 1);
     before += size * count;
     if (begin >= end) continue;
-    const float* add = m.add < 0 ? nullptr : at(m.add);
     if (packed) {
-      kernels_->multiply({&l, m.second < 0 ? nullptr : &matrix(m.second), x, add, at(m.out), rows}, begin, end);
+      kernels_->multiply(product(m, 0, 1), begin, end);
       continue;
     }
+    const float* add = m.add < 0 ? nullptr : at(m.add);
     const int64_t first = begin * LINE, last = std::min(end * LINE, l.n_out);
     kernels_->linear(l, reinterpret_cast<const float*>(x), at(m.out), rows, first, last,
                      reinterpret_cast<float*>(scratch));
@@ -380,7 +415,7 @@ void Program::execute(const Instruction& i, const Step& step, int thread) {
       break;
     }
     case Op::Linears:
-      multiply(linears_[static_cast<size_t>(i.linears)], step, thread);
+      multiply(linears_[static_cast<size_t>(i.linears)], step, thread, next_[static_cast<size_t>(&i - code_.data())]);
       break;
     case Op::RmsNorm: {
       const Range part = share(step.rows(spec(i.out)) * (spec(i.out).width / i.width), thread, threads);

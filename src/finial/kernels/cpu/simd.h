@@ -19,9 +19,13 @@
 #if defined(_MSC_VER)
 #define FINIAL_INLINE static __forceinline
 #define FINIAL_RESTRICT __restrict
+#define FINIAL_APART __declspec(noinline)
+#define FINIAL_RARE __declspec(noinline)
 #else
 #define FINIAL_INLINE static inline __attribute__((always_inline))
 #define FINIAL_RESTRICT __restrict__
+#define FINIAL_APART __attribute__((noinline))
+#define FINIAL_RARE __attribute__((noinline, cold))
 #endif
 
 namespace finial::FINIAL_ISA {

@@ -123,7 +123,7 @@ FINIAL_INLINE I broadcast(const void* p) {
   return _mm512_set1_epi32(word);
 }
 FINIAL_INLINE I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
-FINIAL_INLINE I start_q8(int32_t offset) { return _mm512_set1_epi32(offset * 16); }
+FINIAL_INLINE I start_q8(int32_t offset) { return _mm512_set1_epi32(offset); }
 FINIAL_INLINE I start_q4(int32_t offset) { return _mm512_set1_epi32(offset); }
 FINIAL_INLINE I dot_q8(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
 FINIAL_INLINE I dot_q4(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
@@ -161,6 +161,19 @@ FINIAL_INLINE int32_t sum_i8(const int8_t* p) {  // of 16
   const __m128i h = _mm_dpbusd_epi32(_mm_setzero_si128(), _mm_set1_epi8(1), x);
   const __m128i q = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0x4E));
   return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xB1)));
+}
+// Lane i is f over the lanes of a[i].
+template <class F>
+FINIAL_INLINE I reduce_each(const I (&a)[W], F f) {
+  I quarters[4], halves[2];
+  for (int i = 0; i < 4; ++i) {
+    const I x = f(_mm512_unpacklo_epi32(a[4 * i], a[4 * i + 1]), _mm512_unpackhi_epi32(a[4 * i], a[4 * i + 1]));
+    const I y = f(_mm512_unpacklo_epi32(a[4 * i + 2], a[4 * i + 3]), _mm512_unpackhi_epi32(a[4 * i + 2], a[4 * i + 3]));
+    quarters[i] = f(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
+  }
+  const auto fold = [&](I x, I y) { return f(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xDD)); };
+  for (int i = 0; i < 2; ++i) halves[i] = fold(quarters[2 * i], quarters[2 * i + 1]);
+  return fold(halves[0], halves[1]);
 }
 // acc + both products of each pair; subnormals count as zero, each step rounds to nearest even.
 FINIAL_INLINE V dot_bf16(V acc, I w, I x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }

@@ -1,0 +1,111 @@
+// bf16 panels: how a tile of rounded rows meets one, how rows are rounded and matrices packed. Included by packed.cpp.
+#pragma once
+
+#include "panels.h"
+
+#if defined(FINIAL_PACKS_BF16)
+
+namespace finial::FINIAL_ISA {
+
+namespace {
+
+template <int M>
+void tile_bf16(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT x, int64_t n_in,
+               float* FINIAL_RESTRICT c) {
+  V acc[M][PANEL_VECTORS];
+  for (int r = 0; r < M; ++r)
+    for (int v = 0; v < PANEL_VECTORS; ++v) acc[r][v] = zero();
+  for (int64_t k = 0; k < n_in; k += 2, w += PANEL * 4, x += 4 * M) {
+    I weight[PANEL_VECTORS];
+    if (M >= 6) prefetch(w + AHEAD / 2, PANEL * 4);
+    for (int v = 0; v < PANEL_VECTORS; ++v) weight[v] = load_i(w + v * W * 4);
+    for (int r = 0; r < M; ++r) {
+      const I pair = broadcast(x + 4 * r);
+      for (int v = 0; v < PANEL_VECTORS; ++v) acc[r][v] = dot_bf16(acc[r][v], weight[v], pair);
+    }
+  }
+  for (int r = 0; r < M; ++r)
+    for (int v = 0; v < PANEL_VECTORS; ++v) store(c + r * PANEL + v * W, acc[r][v]);
+}
+
+using TileBF16 = void (*)(const uint8_t*, const uint8_t*, int64_t, float*);
+constexpr TileBF16 TILES_BF16[TILE + 1] = {nullptr,       tile_bf16<1>,  tile_bf16<2>, tile_bf16<3>, tile_bf16<4>,
+                                           tile_bf16<5>,  tile_bf16<6>,  tile_bf16<7>, tile_bf16<8>, tile_bf16<9>,
+                                           tile_bf16<10>, tile_bf16<11>, tile_bf16<12>};
+
+// c [rows of the tiles, PANEL] = a panel times tiles [begin, end) of `rows` rounded rows at x.
+void tiles_bf16(const uint8_t* w, const uint8_t* x, int64_t rows, int64_t begin, int64_t end, int64_t n_in,
+                const Target& target, float* c) {
+  int64_t done = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const Tile t = tile_of(rows, i);
+    if (rows > TILE) expect(target, done, done + t.count);
+    TILES_BF16[t.count](w, x + t.first * rounded_bytes(Rounding::BF16, n_in), n_in, c + done * PANEL);
+    done += t.count;
+  }
+}
+
+// Row `row` of a tile from input `from` on.
+void round_row_bf16(const float* x, int64_t n_in, int64_t from, int64_t row, int64_t rows, uint8_t* tile) {
+  for (int64_t k = from; k < n_in; k += W) {
+    const int64_t n = n_in - k < W ? n_in - k : W;
+    uint32_t pairs[W / 2];
+    store_bf16(reinterpret_cast<uint8_t*>(pairs), n == W ? load(x + k) : load_n(x + k, n));
+    for (int64_t i = 0; i < (n + 1) / 2; ++i) std::memcpy(tile + ((k / 2 + i) * rows + row) * 4, &pairs[i], 4);
+  }
+}
+
+// Four rows, 32 inputs: 16 pairs each, turned so that a pair's four rows are neighbours. The conversion makes zeros of
+// subnormals, as the product does anyway.
+FINIAL_INLINE void round_four(const float* x, int64_t n_in, int64_t rows, uint8_t* out) {
+  const auto pairs = [&](int64_t row) {
+    return (I)_mm512_cvtne2ps_pbh(load(x + row * n_in + W), load(x + row * n_in));
+  };
+  const I a = pairs(0), b = pairs(1), c = pairs(2), d = pairs(3);
+  const I ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d);
+  const I ab2 = _mm512_unpackhi_epi32(a, b), cd2 = _mm512_unpackhi_epi32(c, d);
+  const I turned[4] = {_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd), _mm512_unpacklo_epi64(ab2, cd2),
+                       _mm512_unpackhi_epi64(ab2, cd2)};  // of each quarter, its pair 0 to 3
+  for (int i = 0; i < 4; ++i, out += rows * 4) {
+    const auto to = [&](int quarter) { return reinterpret_cast<__m128i*>(out + quarter * rows * 16); };
+    _mm_storeu_si128(to(0), _mm512_castsi512_si128(turned[i]));
+    _mm_storeu_si128(to(1), _mm512_extracti32x4_epi32(turned[i], 1));
+    _mm_storeu_si128(to(2), _mm512_extracti32x4_epi32(turned[i], 2));
+    _mm_storeu_si128(to(3), _mm512_extracti32x4_epi32(turned[i], 3));
+  }
+}
+
+void round_bf16(const float* x, int64_t n_in, int64_t rows, uint8_t* tile) {
+  int64_t k = 0;
+  if (rows == 1)
+    for (; k + W <= n_in; k += W) store_bf16(tile + 2 * k, load(x + k));
+  if (rows >= 4)
+    for (; k + 2 * W <= n_in; k += 2 * W)
+      for (int64_t row = 0; row < rows; row += 4) {
+        const int64_t first = row + 4 <= rows ? row : rows - 4;
+        round_four(x + first * n_in + k, n_in, rows, tile + (k / 2 * rows + first) * 4);
+      }
+  for (int64_t row = 0; row < rows; ++row) round_row_bf16(x + row * n_in, n_in, k, row, rows, tile);
+}
+
+void pack_bf16(const Linear& l, uint8_t* out, int64_t first) {
+  constexpr int64_t STEP = 16;  // pairs: a cache line of each row
+  const int64_t whole = l.n_in / 2;
+  for (int64_t k = 0; k < whole; k += STEP) {
+    const int64_t count = whole - k < STEP ? whole - k : STEP;
+    for (int64_t o = 0; o < PANEL && first + o < l.n_out; ++o) {
+      const uint8_t* from = l.weight + (first + o) * l.row_bytes + k * 4;
+      uint8_t* to = out + (k * PANEL + o) * 4;
+      for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * PANEL * 4, from + i * 4, 4);
+    }
+  }
+  if (l.n_in % 2 != 0)
+    for (int64_t o = 0; o < PANEL && first + o < l.n_out; ++o)
+      std::memcpy(out + (whole * PANEL + o) * 4, l.weight + (first + o) * l.row_bytes + whole * 4, 2);
+}
+
+}  // namespace
+
+}  // namespace finial::FINIAL_ISA
+
+#endif

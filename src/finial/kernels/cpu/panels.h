@@ -1,0 +1,46 @@
+// What the kernels of packed weights share, whatever their format (layouts: packed.h).
+#pragma once
+
+#include "packed.h"
+#include "simd.h"
+
+namespace finial::FINIAL_ISA {
+
+constexpr int PANEL_VECTORS = static_cast<int>(PANEL) / W;
+
+// Rounded rows of one tile: tile i of `tiles(rows)` lies `first` rows behind the first one, `count` rows of it.
+struct Tile {
+  int64_t first, count;
+};
+FINIAL_INLINE Tile tile_of(int64_t rows, int64_t i) {
+  const int64_t n = tiles(rows), first = rows * i / n;
+  return {first, rows * (i + 1) / n - first};
+}
+
+// Few rows leave their panel to be read once: the processor's own prefetching comes too late when arithmetic fills its
+// window, so every block asks for what lies this much further on.
+constexpr int64_t AHEAD = 4096;
+FINIAL_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+#else
+  (void)p, (void)bytes;
+#endif
+}
+
+// Where the results of a panel will go, rows `stride` apart: asked for while they are computed, for a matrix of results
+// is too large for the second-level cache and each line of it is written once.
+struct Target {
+  const float* y;
+  int64_t stride;
+};
+FINIAL_INLINE void expect(const Target& t, int64_t begin, int64_t end) {
+#if defined(__GNUC__)
+  for (int64_t r = begin; r < end; ++r)
+    for (int64_t i = 0; i < PANEL; i += 16) __builtin_prefetch(t.y + r * t.stride + i, 1);
+#else
+  (void)t, (void)begin, (void)end;
+#endif
+}
+
+}  // namespace finial::FINIAL_ISA
