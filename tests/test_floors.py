@@ -46,10 +46,11 @@ OWNERS = {
     "rich": {"finial.cli"},
     "huggingface_hub": {"finial.files.hub", "finial.files.hub_download"},
     "tokenizers": {"finial.files"},
+    "matplotlib": {"finial.lab.report.charts"},
     "jinja2": {"finial.files"},
     "starlette": {"finial.serve"},
     "uvicorn": {"finial.serve"},
-    "msgspec": {"finial.serve"},
+    "msgspec": {"finial.serve", "finial.lab"},
     "prometheus_client": {"finial.serve.metrics"},
     "llguidance": {"finial.serve.constraint"},
 }

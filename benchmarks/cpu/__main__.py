@@ -14,18 +14,23 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.cpu.table import render
+from benchmarks.cpu.workloads import ENGINES as NAMES
+from benchmarks.cpu.workloads import FORMATS, plan
+from finial.errors import FinialError
 from finial.lab.engines.setup import SetupError, install, make_file, missing
 from finial.lab.engines.table import ENGINES, RECIPES, Engine, Places
 from finial.lab.estimate import estimate
 from finial.lab.limits import Probe, busy
 from finial.lab.record import Record
+from finial.lab.report.markdown import render
 from finial.lab.runner import Runner
-from finial.lab.workloads import FORMATS, SHAPE, Group, plan
+from finial.lab.verdicts import Judge
+from finial.lab.workloads import SHAPE, Group
 from finial.machine import describe, probe_native
 
 CACHE = Path.home() / ".cache" / "finial"
 BUSY = 0.05
+TITLE = "CPU benchmark"
 
 
 def main() -> int:
@@ -33,7 +38,7 @@ def main() -> int:
     args = _arguments()
     places = Places(args.engines, args.models, dict(args.python))
     if args.command == "table":
-        print(render(Record.open(Path(args.names[0]) if args.names else args.out).data))
+        print(render(Record.open(Path(args.names[0]) if args.names else args.out).data, TITLE))
         return 0
     if args.command == "install":
         return _install(args.names, places)
@@ -44,7 +49,7 @@ def main() -> int:
     if args.dry_run:
         for group in groups:
             for workload in group.workloads:
-                names = [e.name for e in engines if e.runs(group.model, group.format, workload)]
+                names = [e.name for e in engines if e.runs(group.format, workload)]
                 print(f"{group.key:24} {workload.name:34} {workload.rounds:2} rounds: {', '.join(names)}")
         for engine in engines:
             print(f"{engine.name}: {missing(engine, places) or 'ready'}")
@@ -52,42 +57,45 @@ def main() -> int:
     _prepare(engines, groups, places)
     if args.command == "prepare":
         return 0
-    return _run(args, places, engines, groups)
+    return _run(args, places, engines, groups, threads)
 
 
-def _run(args: argparse.Namespace, places: Places, engines: list[Engine], groups: list[Group]) -> int:
+def _run(args: argparse.Namespace, places: Places, engines: list[Engine], groups: list[Group], threads: int) -> int:
     taken = busy()
     if taken is not None and taken > BUSY:
         _say(f"WARNING: {taken:.0%} of this machine's processor time is taken by something else; numbers will be wrong")
     key = {"quick": args.quick, "formats": args.formats, "engines": [e.name for e in engines], "commit": _commit()}
     if args.out.exists() and not args.fresh:
-        record = Record.open(args.out)
-        if record.data["plan"] != key:
+        try:
+            record = Record.open(args.out)
+        except FinialError as error:
+            sys.exit(str(error))
+        if record.data.plan != key:
             _say(f"{args.out} is of another plan or commit: give another --out, or --fresh to start over")
             return 1
         _say(f"resuming {args.out}: {len(record.cells)} cells are there")
     else:
         started = time.strftime("%Y-%m-%d %H:%M %Z")
         record = Record.create(
-            args.out, plan=key, started=started, commit=key["commit"], busy=taken, machine=describe().to_dict()
+            args.out, plan=key, started=started, commit=_commit(), busy=taken, machine=describe().to_dict()
         )
+        record.data.command = ["python", "-m", "benchmarks.cpu", *sys.argv[1:]]
     probe = Probe(places.models)
     if probe.error:
         _say(f"no core-to-core latency and no arithmetic peak: {probe.error}")
     runner = Runner(record, places, engines, probe, _say, seed=args.seed)
     start = time.monotonic()
     try:
-        for group in groups:
-            runner.group(group)
-            if not args.no_verdict:
-                runner.verdict(group)
+        with Judge(places, threads) as judge:
+            for group in groups:
+                runner.group(group, None if args.no_verdict else judge)
     except KeyboardInterrupt:
         _say(f"interrupted; the same command goes on from {args.out}")
         return 130
     page = args.out.with_suffix(".md")
-    page.write_text(render(record.data), encoding="utf-8")
+    page.write_text(render(record.data, TITLE), encoding="utf-8")
     _say(f"{(time.monotonic() - start) / 60:.1f} minutes; {args.out}, {page}")
-    print(render(record.data))
+    print(render(record.data, TITLE))
     return 0
 
 
@@ -101,7 +109,7 @@ def _prepare(engines: list[Engine], groups: list[Group], places: Places) -> None
     tried: set[Path] = set()
     for group in groups:
         for engine in engines:
-            if not any(engine.runs(group.model, group.format, w) for w in group.workloads) or missing(engine, places):
+            if not any(engine.runs(group.format, w) for w in group.workloads) or missing(engine, places):
                 continue
             file = engine.model_file(places, group.model, group.format)
             if file in tried or file.exists():
@@ -127,10 +135,10 @@ def _install(names: list[str], places: Places) -> int:
 
 
 def _chosen(only: list[str]) -> list[Engine]:
-    unknown = [name for name in only if name not in ENGINES]
+    unknown = [name for name in only if name not in NAMES]
     if unknown:
-        sys.exit(f"unknown engine {unknown[0]}; there is {', '.join(ENGINES)}")
-    return [engine for name, engine in ENGINES.items() if not only or name in only]
+        sys.exit(f"unknown engine {unknown[0]}; there is {', '.join(NAMES)}")
+    return [ENGINES[name] for name in NAMES if not only or name in only]
 
 
 def _minutes(groups: list[Group], engines: list[Engine]) -> str:
@@ -162,7 +170,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="say what would run and for how long")
     parser.add_argument("--out", type=Path, default=Path("cpu.json"), help="the record; resumed when it is there")
     parser.add_argument("--fresh", action="store_true", help="replace the record")
-    parser.add_argument("--only", action="append", default=[], help=f"an engine: {', '.join(ENGINES)}")
+    parser.add_argument("--only", action="append", default=[], help=f"an engine: {', '.join(NAMES)}")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--threads", type=int, help="default: as many as there are cores")
     parser.add_argument("--seed", type=int, default=0, help="of the order of engines")

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finial.machine import Sources, bandwidth_bytes, measure_bandwidth, probe_cpu, probe_memory
+from finial.machine import Sources, bandwidth_bytes, measure_bandwidth, probe_cpu, probe_energy, probe_memory
 
 SOURCE = Path(__file__).with_name("probe.c")
 SECONDS = 0.15  # a dozen passes over the buffer
@@ -33,12 +33,27 @@ class Probe:
     def __init__(self, cache: Path) -> None:
         self._library, self.error = _build(cache)
         self._cpus = _cpus()
-        self._bytes = bandwidth_bytes(probe_cpu(Sources()), probe_memory(Sources()))
+        cpu = probe_cpu(Sources())
+        self._bytes, self._last_level = bandwidth_bytes(cpu, probe_memory(Sources())), cpu.last_level_bytes
+        self._metered = any(counter.readable for counter in probe_energy(Sources()))
 
-    def now(self, threads: int) -> dict[str, Any]:
-        """{"read_gb_s", "core_to_core_ns", "at"}: with as many threads as the engines have."""
-        read = measure_bandwidth([threads], self._bytes, SECONDS)[0]
-        return {"read_gb_s": read.read_gb_s, "core_to_core_ns": self._latency(), "at": round(time.time(), 2)}
+    def now(self, threads: int, nbytes: int = 0) -> dict[str, Any]:
+        """The fields of `record.Reading`: with as many threads as the engines have.
+
+        Args:
+            nbytes: that a step reads; when the last cache level holds them, the bandwidth is the cache's.
+        """
+        cached = 0 < nbytes <= self._last_level
+        size = max(nbytes, 1 << 20) if cached else self._bytes
+        read = measure_bandwidth([threads], size, SECONDS / 3 if cached else SECONDS)[0]
+        now = {"read_gb_s": read.read_gb_s, "core_to_core_ns": self._latency(), "at": round(time.time(), 2)}
+        return {**now, "from_cache": cached}
+
+    def energy(self) -> dict[str, float]:
+        """Joules so far of every counter that can be read."""
+        if not self._metered:
+            return {}
+        return {c.name: c.joules for c in probe_energy(Sources()) if c.joules is not None}
 
     def peaks(self, threads: int) -> dict[str, float]:
         """1e9 operations per second by kind of number; those that this CPU has."""

@@ -11,46 +11,64 @@ import hashlib
 import importlib.util
 import os
 import random
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
+from finial.errors import FinialError
 from finial.files.checkpoint import open_checkpoint
+from finial.lab.checks import check, value
 from finial.lab.engines.setup import SetupError, make_file, missing
 from finial.lab.engines.table import Engine, Places
 from finial.lab.limits import taken_seconds
-from finial.lab.record import Record
+from finial.lab.record import Cell, Reading, Record, Row, Sample
 from finial.lab.roofline import Floor
+from finial.lab.verdicts import Judge
 from finial.lab.worker import Worker, WorkerError
-from finial.lab.workloads import CONTEXT, DEMO, LOAD, MEMORY, Group, Workload, check, prompts, value
-from finial.verdict import Verdict, judge
+from finial.lab.workloads import LOAD, MEMORY, Group, Workload, prompts, rounds_for
 
 LOAD_S, RUN_S = 180.0, 300.0  # limits, far from what anything takes: the slowest compiles for two minutes
 
 DISTURBED = 0.05  # share of the machine that others took during a sample, from which it is measured again
 AGAIN = 2  # times at most; the last one stays, with its share in the record
+OTHERS_S = 0.2  # shorter samples are too short for the kernel's clock of 10 ms to say who took what
 
-VERDICT_TEXT = (
-    "The roof of a house keeps the rain out, and the higher it stands the more of the sky it must hold up. "
-    "A builder who knows the weight of every beam can say how far the walls may be apart; one who guesses "
-    "will learn it from the first winter."
-)
-VERDICT_GREEDY = 16
+PROBE_S = 0.5  # a reading so old still stands beside a sample that is shorter than half of it
+STEADY = 0.05  # two warm-up runs that differ by less are steady
+WARM_S = 20.0  # of warming up, after which the next run counts
+KEPT_TIMES = 10  # rounds whose token times are in the record
 
 
 class Prober(Protocol):
-    """What `Probe` gives."""
+    """What `finial.lab.limits.Probe` gives."""
 
-    def now(self, threads: int) -> dict[str, Any]:
+    def now(self, threads: int, nbytes: int = 0) -> dict[str, Any]:
         """Bandwidth and latency."""
 
     def peaks(self, threads: int) -> dict[str, float]:
         """Arithmetic peaks."""
+
+    def energy(self) -> dict[str, float]:
+        """Joules so far, by counter; empty where there is none."""
+
+
+class Invalid(WorkerError):
+    """It answered, but not what was asked."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a row is about."""
+
+    engine: Engine
+    cache: bool = True
+
+    @property
+    def name(self) -> str:
+        """Of the row."""
+        return self.engine.name if self.cache else f"{self.engine.name}, no cache"
 
 
 class Runner:
@@ -58,6 +76,9 @@ class Runner:
 
     Args:
         seed: of the order of engines in each round.
+        memory_bytes: that one engine may hold.
+        tick: called with a cell's key when it is done.
+        most_rounds: caps the rounds of workloads that leave them open.
     """
 
     def __init__(
@@ -68,84 +89,87 @@ class Runner:
         probe: Prober,
         say: Callable[[str], None],
         seed: int = 0,
+        memory_bytes: int | None = None,
+        tick: Callable[[str], None] = lambda key: None,
+        most_rounds: int = 200,
     ) -> None:
         self._record, self._places, self._engines = record, places, engines
-        self._probe, self._say = probe, say
+        self._probe, self._say, self._tick = probe, say, tick
+        self._memory_bytes, self._most_rounds = memory_bytes, most_rounds
         self._random = random.Random(seed)
         self._workers: dict[str, Worker] = {}
-        self._failed: dict[str, str] = {}  # engine -> why it is out of this group
-        self._replies: dict[str, dict[str, Any]] = {}  # engine -> its answer to load
+        self._failed: dict[str, str] = {}  # engine or subject -> why it is out of this group
+        self._replies: dict[str, dict[str, Any]] = {}  # its answer to load
         self._files: dict[str, Path] = {}
+        self._reading: Reading | None = None
 
-    def group(self, group: Group) -> None:
-        """Measure a group's workloads that the record does not have yet."""
+    def group(self, group: Group, judge: Judge | None = None) -> None:
+        """Measure a group's workloads that the record does not have yet, then judge what was written.
+
+        Args:
+            judge: gives the verdicts; None: the record has none.
+        """
         left = [w for w in group.workloads if f"{group.key}/{w.name}" not in self._record.cells]
         if not left:
             return
-        engines = [e for e in self._engines if any(e.runs(group.model, group.format, w) for w in left)]
+        engines = [e for e in self._engines if any(e.runs(group.format, w) for w in left)]
         if not engines:
             return
-        self._failed, self._replies, self._files = {}, {}, {}
+        self._failed, self._replies, self._files, self._reading = {}, {}, {}, None
         for engine in engines:
             self._make_ready(engine, group)
         config = open_checkpoint(self._places.checkpoint(group.model)).config
-        context = min(CONTEXT, config.max_context)
-        self._record.data["peaks"].setdefault(str(group.threads), self._probe.peaks(group.threads))
+        context = min(-(-max(w.positions for w in group.workloads) // 128) * 128, config.max_context)
+        self._record.data.peaks.setdefault(str(group.threads), self._probe.peaks(group.threads))
         try:
             if group.starts > 1 and f"{group.key}/{MEMORY.name}" not in self._record.cells:
-                self._starts(group, engines, config.vocab_size)
-            for engine in engines:
-                self._start(engine, group, context)
+                self._starts(group, [Subject(engine) for engine in engines], config.vocab_size)
             for workload in left:
-                able = [e for e in engines if e.runs(group.model, group.format, workload)]
-                self._measure(group, workload, able, config.vocab_size, context)
+                subjects = self._subjects(group, workload)
+                for subject in subjects:
+                    if subject.name not in self._workers and subject.name not in self._failed:
+                        self._start(subject, group, context)  # new, or it died in an earlier workload
+                self._measure(group, workload, subjects, config.vocab_size)
+            if judge is not None:
+                self._judge(judge, group)
         finally:
             for worker in self._workers.values():
                 worker.close()
             self._workers = {}
 
-    def verdict(self, group: Group) -> None:
-        """finial against its own float32 reference, on the group's file."""
-        engine = next((e for e in self._engines if e.name == "finial"), None)
-        key = f"{group.model}/{group.format}"
-        if engine is None or key in self._record.data["verdicts"]:
-            return
-        self._failed, self._replies, self._files = {}, {}, {}
-        self._make_ready(engine, group)
-        self._start(engine, group, 512)
-        worker = self._workers.pop(engine.name, None)
-        try:
+    def _subjects(self, group: Group, workload: Workload) -> list[Subject]:
+        able = [e for e in self._engines if e.runs(group.format, workload)]
+        return [Subject(e, cache) for e in able for cache in workload.caches if cache or e.uncached]
+
+    def _judge(self, judge: Judge, group: Group) -> None:
+        """Verdicts on what is still running; a row whose text is not the model's loses its numbers."""
+        for subject in self._subjects_of(group):
+            key = f"{group.model}/{group.format}"
+            found = self._record.data.verdicts.setdefault(key, {})
+            if subject.name in found:
+                continue
+            worker = self._workers.get(subject.name)
             if worker is None:
-                raise WorkerError(self._failed[engine.name])
-            verdict = self._judge(engine, group, worker)
-            self._record.data["verdicts"][key] = asdict(verdict)
-            self._say(f"verdict {key}: KL {verdict.kl_mean:.1e}, top-1 {verdict.top1:.1%}")
-        except WorkerError as error:
-            self._record.data["verdicts"][key] = {"error": str(error)}
-            self._say(f"verdict {key}: {error}")
-        finally:
-            if worker is not None:
-                worker.close()
+                continue
+            cells = [cell for name, cell in self._record.cells.items() if name.startswith(f"{group.key}/")]
+            verdict = judge.judge(group, subject.name, worker, cells)
+            found[subject.name] = verdict
+            if verdict.error:
+                self._say(f"verdict {key} {subject.name}: {verdict.error}")
+            else:
+                logits = verdict.kl_mean is not None and verdict.top1 is not None
+                about = f"KL {verdict.kl_mean:.1e}, top-1 {verdict.top1:.1%}" if logits else "tokens alone"
+                self._say(f"verdict {key} {subject.name}: {about}{''.join(f'; {flaw}' for flaw in verdict.flaws)}")
+            if verdict.flaws:
+                for cell in cells:
+                    row = cell.engines.get(subject.name)
+                    if row is not None and row.status == "ok":
+                        _reject(row, "invalid", verdict.flaws[0])
         self._record.save()
 
-    def _judge(self, engine: Engine, group: Group, worker: Worker) -> Verdict:
-        """An engine's logits beside those of finial's reference in float32, which reads the same file."""
-        file = self._files[engine.name]
-        ids = open_checkpoint(file).text().encode(VERDICT_TEXT)
-        chosen = worker.ask("run", RUN_S, prompts=[ids], new=VERDICT_GREEDY, keep=False)["tokens"][0]
-        reference = Worker(engine.command(self._places), engine.process_environment(group.threads))
-        with tempfile.TemporaryDirectory(prefix="finial-verdict-") as folder:
-            theirs, ours = Path(folder) / "reference.npy", Path(folder) / "engine.npy"
-            worker.ask("score", RUN_S, ids=ids, path=str(ours))
-            try:
-                options = {"backend": "reference", "kv_format": "f32"}
-                load = {"model": str(file), "format": group.format, "threads": group.threads, "options": options}
-                reference.ask("load", LOAD_S, context=len(ids) + VERDICT_GREEDY, sequences=1, cache=True, **load)
-                reference.ask("score", RUN_S, ids=ids + chosen, path=str(theirs))
-            finally:
-                reference.close()
-            expected = np.load(theirs)
-            return judge(expected[: len(ids)], np.load(ours), expected[len(ids) - 1 : -1], chosen)
+    def _subjects_of(self, group: Group) -> list[Subject]:
+        found = {s.name: s for workload in group.workloads for s in self._subjects(group, workload)}
+        return list(found.values())
 
     # --- processes ---------------------------------------------------------------------------------------------
 
@@ -153,25 +177,27 @@ class Runner:
         reason = missing(engine, self._places)
         if not reason:
             try:
-                suffix = engine.formats[group.format]
-                self._files[engine.name] = make_file(self._places, group.model, suffix)
-            except SetupError as error:
+                self._files[engine.name] = make_file(self._places, group.model, engine.formats[group.format])
+            except (SetupError, FinialError) as error:
                 reason = str(error)
         if reason:
             self._failed[engine.name] = reason
             self._say(f"{engine.name} {group.format}: {reason}")
 
-    def _start(self, engine: Engine, group: Group, context: int) -> None:
+    def _start(self, subject: Subject, group: Group, context: int) -> None:
         """A loaded process, or the reason why there is none."""
+        engine = subject.engine
         if engine.name in self._failed:
+            self._failed[subject.name] = self._failed[engine.name]
             return
         try:
-            worker = Worker(engine.command(self._places), engine.process_environment(group.threads))
+            environment = engine.process_environment(group.threads)
+            worker = Worker(engine.command(self._places), environment, self._memory_bytes)
         except WorkerError as error:
-            self._failed[engine.name] = str(error)
+            self._failed[subject.name] = str(error)
             return
         try:
-            self._replies[engine.name] = worker.ask(
+            self._replies[subject.name] = worker.ask(
                 "load",
                 LOAD_S,
                 model=str(self._files[engine.name]),
@@ -179,145 +205,212 @@ class Runner:
                 threads=group.threads,
                 context=context,
                 sequences=max(w.sequences for w in group.workloads),
-                cache=True,
+                cache=subject.cache,
                 options=dict(engine.options),
             )
-            self._workers[engine.name] = worker
+            self._workers[subject.name] = worker
         except WorkerError as error:
             worker.kill()
-            self._failed[engine.name] = str(error)
-            self._say(f"{engine.name} {group.format}: {error}")
+            self._failed[subject.name] = str(error)
+            self._say(f"{subject.name} {group.format}: {error}")
 
-    def _starts(self, group: Group, engines: Sequence[Engine], vocab_size: int) -> None:
+    def _starts(self, group: Group, subjects: Sequence[Subject], vocab_size: int) -> None:
         """Load times and the memory of a short text, each start a process of its own."""
-        cells = {w.kind: self._cell(group, w, engines) for w in (LOAD, MEMORY)}
+        cells = {w.kind: self._cell(group, w, subjects) for w in (LOAD, MEMORY)}
         for round in range(group.starts):
-            for order, engine in enumerate(self._shuffled(engines)):
-                self._start(engine, group, 512)
-                worker = self._workers.pop(engine.name, None)
+            for order, subject in enumerate(self._shuffled(subjects)):
+                self._start(subject, group, 512)
+                worker = self._workers.pop(subject.name, None)
                 if worker is None:
                     continue
                 try:
                     worker.ask("run", RUN_S, prompts=prompts(MEMORY, vocab_size, round), new=MEMORY.new, keep=False)
-                    peak = worker.ask("memory", RUN_S)["peak_bytes"]
+                    told = worker.ask("memory", RUN_S)
+                    if not told.get("peak_bytes"):
+                        raise WorkerError("this system does not say what a process held")
                 except WorkerError as error:
-                    self._failed[engine.name] = str(error)
+                    self._failed[subject.name] = str(error)
                     continue
                 finally:
                     worker.close()
-                for kind, number in (("load", self._replies[engine.name]["load_s"]), ("memory", peak)):
-                    cells[kind]["engines"][engine.name]["samples"].append(
-                        {"round": round, "order": order, "value": number}
-                    )
+                for kind, number in (("load", self._replies[subject.name]["load_s"]), ("memory", told["peak_bytes"])):
+                    row = cells[kind].engines[subject.name]
+                    row.samples.append(Sample(round, order, float(number)))
+                    row.memory = {name: told[name] for name in told if name.endswith("_bytes")}
         for workload in (LOAD, MEMORY):
-            self._finish(group, workload, cells[workload.kind], engines)
+            self._finish(group, workload, cells[workload.kind], subjects, {})
 
     # --- samples -----------------------------------------------------------------------------------------------
 
-    def _measure(
-        self, group: Group, workload: Workload, engines: Sequence[Engine], vocab_size: int, context: int
-    ) -> None:
-        cell = self._cell(group, workload, engines)
-        failed: dict[str, str] = {}  # in this workload alone
-        for engine in engines:
-            if engine.name not in self._workers and engine.name not in self._failed:
-                self._start(engine, group, context)  # it died in an earlier workload
-            for warmup in range(workload.warmups):
-                if engine.name in self._workers and engine.name not in failed:
-                    sample = self._sample(engine, workload, vocab_size, -2 - warmup, failed)
-                    if sample is not None:
-                        cell["engines"][engine.name].setdefault("warmup", []).append(sample)
-        before = self._probe.now(group.threads)
-        spare = workload.rounds * len(engines) // 2  # on a machine that is never quiet, trying again only costs time
-        for round in range(workload.rounds):
-            for order, engine in enumerate(self._shuffled(engines)):
-                if engine.name not in self._workers or engine.name in failed:
+    def _measure(self, group: Group, workload: Workload, subjects: Sequence[Subject], vocab_size: int) -> None:
+        cell = self._cell(group, workload, subjects)
+        failed: dict[str, WorkerError] = {}  # in this workload alone
+        needed: dict[str, int] = {}
+        for subject in subjects:
+            if subject.name in self._workers:
+                last = self._warm(subject, workload, vocab_size, cell.engines[subject.name], failed)
+                needed[subject.name] = min(rounds_for(workload, last), max(workload.rounds, self._most_rounds))
+        nbytes = cell.floor.bytes if cell.floor is not None and workload.kind == "decode" else 0
+        before = self._probed(group.threads, nbytes, 0.0)
+        rounds = max(needed.values(), default=0)
+        spare = rounds * len(subjects) // 2  # on a machine that is never quiet, trying again only costs time
+        for round in range(rounds):
+            for order, subject in enumerate(self._shuffled(subjects)):
+                if subject.name not in self._workers or subject.name in failed or round >= needed[subject.name]:
                     continue
-                sample = self._sample(engine, workload, vocab_size, round, failed)
-                after = self._probe.now(group.threads)
+                sample = self._sample(subject, workload, vocab_size, round, failed)
+                after = self._probed(group.threads, nbytes, 0.0 if sample is None else sample.wall_s or 0.0)
                 for attempt in range(1, AGAIN + 1):
-                    if sample is None or (sample["others"] or 0) <= DISTURBED or spare == 0:
+                    if sample is None or (sample.others or 0) <= DISTURBED or spare == 0:
                         break
                     spare -= 1
                     before = after
-                    sample = self._sample(engine, workload, vocab_size, round + attempt * 1000, failed)
-                    after = self._probe.now(group.threads)
+                    sample = self._sample(subject, workload, vocab_size, round + attempt * 1000, failed)
+                    after = self._probed(group.threads, nbytes, 0.0 if sample is None else sample.wall_s or 0.0)
                 if sample is not None:
-                    cell["engines"][engine.name]["samples"].append(
-                        {"round": round, "order": order, **sample, "before": before, "after": after}
-                    )
+                    sample.round, sample.order, sample.before, sample.after = round, order, before, after
+                    if round >= KEPT_TIMES or workload.new == 1:
+                        sample.times = None
+                    if round:
+                        sample.tokens = None
+                    cell.engines[subject.name].samples.append(sample)
                 before = after
-        self._finish(group, workload, cell, engines, failed)
+        self._finish(group, workload, cell, subjects, failed)
+
+    def _warm(
+        self, subject: Subject, workload: Workload, vocab_size: int, row: Row, failed: dict[str, WorkerError]
+    ) -> float:
+        """Runs that do not count, until two in a row are close; seconds that the last one took."""
+        started, last = time.perf_counter(), 1.0
+        for warmup in range(workload.warmups):
+            sample = self._sample(subject, workload, vocab_size, -2 - warmup, failed)
+            if sample is None:
+                break
+            sample.times = sample.tokens = None
+            row.warmup.append(sample)
+            last = sample.wall_s or last
+            close = len(row.warmup) > 1 and abs(sample.value / row.warmup[-2].value - 1) < STEADY
+            if close or time.perf_counter() - started > WARM_S:
+                break
+        return last
 
     def _sample(
-        self, engine: Engine, workload: Workload, vocab_size: int, run: int, failed: dict[str, str]
-    ) -> dict[str, Any] | None:
-        worker = self._workers[engine.name]
-        request = {"prompts": prompts(workload, vocab_size, run), "new": workload.new, "keep": workload.keeps}
+        self, subject: Subject, workload: Workload, vocab_size: int, run: int, failed: dict[str, WorkerError]
+    ) -> Sample | None:
+        worker = self._workers[subject.name]
+        request = {
+            "prompts": prompts(workload, vocab_size, run),
+            "new": workload.new,
+            "keep": workload.keeps and subject.cache,
+        }
+        energy = self._probe.energy()
         clocks = time.perf_counter(), taken_seconds(), worker.processor_seconds()
         try:
             reply = worker.ask("run", RUN_S, **request)
-            others = _others(clocks, (time.perf_counter(), taken_seconds(), worker.processor_seconds()))
-            wrong = check(workload, reply)
+            after = time.perf_counter(), taken_seconds(), worker.processor_seconds()
+            wall = after[0] - clocks[0]
+            wrong = check(workload, reply, vocab_size, wall if run >= 0 else None)
             if wrong:
-                raise WorkerError(wrong)
+                raise Invalid(wrong)
         except WorkerError as error:
-            failed[engine.name] = str(error)
-            self._say(f"{engine.name}, {workload.name}: {error}")
+            failed[subject.name] = error
+            self._say(f"{subject.name}, {workload.name}: {error}")
             if not worker.alive:
-                del self._workers[engine.name]
+                del self._workers[subject.name]
             return None
-        sample = {"value": value(workload, reply), "first": reply["first"], "last": reply["last"], "others": others}
-        if run >= 0 and run % 1000 == 0:  # the first round, tried again or not
-            sample["tokens"] = [ids[:16] for ids in reply["tokens"]]  # enough to see whether engines agree
-        return sample
+        used = {name: joules - energy[name] for name, joules in self._probe.energy().items() if name in energy}
+        return Sample(
+            value=value(workload, reply),
+            first=reply["first"],
+            last=reply["last"],
+            times=reply.get("times"),
+            tokens=[ids[:16] for ids in reply["tokens"]],  # enough to see whether they are the model's
+            others=_others(clocks, after) if wall >= OTHERS_S else None,
+            wall_s=wall,
+            energy_j=used or None,
+        )
 
-    def _shuffled(self, engines: Sequence[Engine]) -> list[Engine]:
-        return self._random.sample(list(engines), len(engines))
+    def _probed(self, threads: int, nbytes: int, wall_s: float) -> Reading:
+        """The machine now; beside short samples, a moment ago."""
+        fresh = self._reading is not None and time.time() - self._reading.at < PROBE_S
+        if self._reading is None or not fresh or wall_s > PROBE_S / 2:
+            self._reading = Reading(**self._probe.now(threads, nbytes))
+        return self._reading
 
-    def _cell(self, group: Group, workload: Workload, engines: Sequence[Engine]) -> dict[str, Any]:
-        floor = None
-        if workload.kind != "load" and group.model != DEMO:
-            layout = self._places.models / f"{group.model}-{group.format}.gguf"
-            if layout.exists():
-                floor = asdict(Floor.of(layout, workload))
-        return {
-            "model": group.model,
-            "format": group.format,
-            "threads": group.threads,
-            "workload": asdict(workload),
-            "floor": floor,
-            "native": _native_hash(),
-            "engines": {engine.name: {"status": "ok", "samples": []} for engine in engines},
-        }
+    def _shuffled(self, subjects: Sequence[Subject]) -> list[Subject]:
+        return self._random.sample(list(subjects), len(subjects))
+
+    # --- cells -------------------------------------------------------------------------------------------------
+
+    def _cell(self, group: Group, workload: Workload, subjects: Sequence[Subject]) -> Cell:
+        return Cell(
+            model=group.model,
+            format=group.format,
+            threads=group.threads,
+            workload=workload,
+            floor=self._floor(group, workload),
+            native=native_hash(),
+            engines={subject.name: Row(cache=subject.cache) for subject in subjects},
+        )
+
+    def _floor(self, group: Group, workload: Workload) -> Floor | None:
+        """Of finial's own file of the format, else of the checkpoint with its matrices in that format."""
+        if workload.kind == "load":
+            return None
+        made = self._places.models / f"{group.model}-{group.format}.gguf"
+        checkpoint = self._places.checkpoint(group.model)
+        try:
+            if made.exists():
+                return Floor.of(made, workload)
+            return Floor.of(checkpoint, workload, format=None if group.format == "stored" else group.format)
+        except (FinialError, KeyError):
+            return None  # a format that finial does not have: such rows have no share
 
     def _finish(
         self,
         group: Group,
         workload: Workload,
-        cell: dict[str, Any],
-        engines: Sequence[Engine],
-        failed: dict[str, str] | None = None,
+        cell: Cell,
+        subjects: Sequence[Subject],
+        failed: dict[str, WorkerError],
     ) -> None:
-        for engine in engines:
-            row = cell["engines"][engine.name]
-            reason = (failed or {}).get(engine.name) or self._failed.get(engine.name)
-            if reason:
-                row |= {"status": "failed", "reason": reason}
-            reply = self._replies.get(engine.name, {})
-            row |= {key: reply[key] for key in ("version", "precision") if key in reply}
-        cell["at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        self._record.cells[f"{group.key}/{workload.name}"] = cell
+        for subject in subjects:
+            row = cell.engines[subject.name]
+            error = failed.get(subject.name)
+            if error is not None:
+                _reject(row, "invalid" if isinstance(error, Invalid) else "failed", str(error))
+            elif subject.name in self._failed or subject.engine.name in self._failed:
+                reason = self._failed.get(subject.name) or self._failed[subject.engine.name]
+                _reject(row, "failed", reason)
+            reply = self._replies.get(subject.name, {})
+            row.version, row.precision = str(reply.get("version", "")), str(reply.get("precision", ""))
+            row.device, row.load_s = str(reply.get("device", "")), reply.get("load_s")
+            worker = self._workers.get(subject.name)
+            if worker is not None and worker.alive and row.status == "ok" and row.memory is None:
+                row.memory = self._memory(worker)
+        cell.at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        key = f"{group.key}/{workload.name}"
+        self._record.cells[key] = cell
         self._record.save()
-        values = ", ".join(
-            f"{name} {sorted(s['value'] for s in row['samples'])[len(row['samples']) // 2]:.4g}"
-            for name, row in cell["engines"].items()
-            if row["samples"]
-        )
-        self._say(f"{group.key} · {workload.name}: {values}")
+        medians = {name: sorted(row.values)[len(row.values) // 2] for name, row in cell.engines.items() if row.samples}
+        self._say(f"{key}: " + ", ".join(f"{name} {number:.4g}" for name, number in medians.items()))
+        self._tick(key)
+
+    def _memory(self, worker: Worker) -> dict[str, int | None] | None:
+        try:
+            told = worker.ask("memory", RUN_S)
+        except WorkerError:
+            return None  # it keeps its numbers: what it held is a remark beside them
+        return {name: told[name] for name in told if name.endswith("_bytes")}
 
 
-def _native_hash() -> str | None:
+def _reject(row: Row, status: str, reason: str) -> None:
+    """A row without a number."""
+    row.status, row.reason = status, reason
+    row.discarded, row.samples = row.discarded + len(row.samples), []
+
+
+def native_hash() -> str | None:
     """Of finial's native module as it is on disk now: a build under a run shows in the record."""
     found = importlib.util.find_spec("finial._native")
     if found is None or found.origin is None:

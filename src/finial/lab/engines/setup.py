@@ -61,6 +61,9 @@ def make_file(places: Places, model: str, suffix: str) -> Path:
     target = places.models / f"{model}{suffix}"
     if not suffix and places.checkpoint(model).exists():
         return places.checkpoint(model)
+    checkpoint = places.checkpoint(model)
+    if suffix == "-stored.gguf" and checkpoint.suffix == ".gguf":
+        return checkpoint
     if target.exists():
         return target
     places.models.mkdir(parents=True, exist_ok=True)

@@ -28,18 +28,22 @@ class Places:
     Attributes:
         engines: virtual environments by name; models: checkpoints and what was made of them.
         pythons: interpreters to use instead of an environment's own, by engine.
+        checkpoints: models that lie elsewhere, by name: directories or .gguf files.
     """
 
     engines: Path
     models: Path
     pythons: Mapping[str, Path] = field(default_factory=dict)
+    checkpoints: Mapping[str, Path] = field(default_factory=dict)
 
     def python(self, name: str) -> Path:
         """The interpreter of an environment."""
         return self.pythons.get(name, self.engines / name / "bin" / "python")
 
     def checkpoint(self, model: str) -> Path:
-        """The safetensors directory of a model."""
+        """What a model is made from."""
+        if model in self.checkpoints:
+            return self.checkpoints[model]
         return Path(finial.__file__).parent / "demo" if model == DEMO else self.models / model
 
 
@@ -84,11 +88,10 @@ class Engine:
         suffix = self.formats[format]
         return places.models / f"{model}{suffix}" if suffix else places.checkpoint(model)
 
-    def runs(self, model: str, format: str, workload: Workload) -> bool:
+    def runs(self, format: str, workload: Workload) -> bool:
         """Whether there is a row for it at all."""
-        if format not in self.formats or (model == DEMO) != (format == "stored"):
-            return False
-        return (workload.slow or not self.slow) and (self.sequences or workload.sequences == 1)
+        able = (workload.slow or not self.slow) and (self.sequences or workload.sequences == 1)
+        return able and format in self.formats and (True in workload.caches or self.uncached)
 
 
 _GGUF = {f: f"-{f}.gguf" for f in ("bf16", "q8_0", "q4_0", "q4_k_m", "stored")}
@@ -96,7 +99,17 @@ _GGUF = {f: f"-{f}.gguf" for f in ("bf16", "q8_0", "q4_0", "q4_k_m", "stored")}
 ENGINES: Mapping[str, Engine] = {
     engine.name: engine
     for engine in (
-        Engine("finial", "run_finial.py", "finial", "", _GGUF),
+        Engine("finial", "run_finial.py", "finial", "", {**_GGUF, "stored": ""}, uncached=True),
+        Engine(
+            "finial reference",
+            "run_finial.py",
+            "finial",
+            "",
+            {**_GGUF, "stored": ""},
+            slow=True,
+            uncached=True,
+            options={"backend": "reference"},
+        ),
         Engine("llama.cpp", "run_llama_cpp.py", "llama_cpp", "llama.cpp", _GGUF),
         Engine(
             "OpenVINO GenAI",
@@ -108,13 +121,21 @@ ENGINES: Mapping[str, Engine] = {
         Engine(
             "onnxruntime-genai", "run_onnxruntime.py", "onnxruntime_genai", "onnxruntime", {"q4_0": "-onnxruntime-int4"}
         ),
-        Engine("transformers eager", "run_transformers.py", "transformers", "transformers", {"bf16": ""}, slow=True),
+        Engine(
+            "transformers eager",
+            "run_transformers.py",
+            "transformers",
+            "transformers",
+            {"bf16": "", "stored": ""},
+            slow=True,
+            uncached=True,
+        ),
         Engine(
             "transformers compiled",
             "run_transformers.py",
             "transformers",
             "transformers",
-            {"bf16": ""},
+            {"bf16": "", "stored": ""},
             slow=True,
             options={"compile": True},
         ),

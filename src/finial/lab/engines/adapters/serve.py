@@ -59,6 +59,15 @@ def peak_bytes() -> int | None:
     return largest if sys.platform == "darwin" else largest << 10
 
 
+def _die_with_parent() -> None:
+    """A lab that is killed must not leave stopped processes that hold gigabytes."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of prctl(2)
+
+
 def serve(open_session: Callable[..., Any], engine: str, version: str) -> None:
     """Answer requests until the end of input or `quit`.
 
@@ -67,6 +76,7 @@ def serve(open_session: Callable[..., Any], engine: str, version: str) -> None:
             activations, KV cache and sums are kept in), and, where it can, `score`, `memory` and `device`.
         engine, version: what `hello` says.
     """
+    _die_with_parent()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # engines print on stdout
     session: Any = None

@@ -1,0 +1,222 @@
+"""What a record's samples come to: medians, shares of the limit, paired ratios, rankings, growth laws.
+
+Knows records and statistics; shows nothing.
+
+    share(cell, "finial", data.peaks), ratio(cell, "finial", "llama.cpp"), rank(cell)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from finial.lab.record import Cell, Data, Reading, Row, Sample
+from finial.lab.roofline import peak_for
+from finial.lab.statistics import Interval, Ratio, exponent, median, median_interval, paired_ratio
+
+DISTURBED = 0.05  # share of the machine that others took, from which a sample is called disturbed
+
+
+def ours(names: Sequence[str]) -> str | None:
+    """The row that others are compared with: finial's own, else the first."""
+    own = [name for name in names if name.startswith("finial") and "reference" not in name and "no cache" not in name]
+    return (own or list(names) or [None])[0]  # type: ignore[list-item]
+
+
+def measured(cell: Cell) -> dict[str, Row]:
+    """Rows that have numbers."""
+    return {name: row for name, row in cell.engines.items() if row.status == "ok" and row.samples}
+
+
+def by_round(cell: Cell, name: str) -> dict[int, float]:
+    """Samples of an engine by round."""
+    row = measured(cell).get(name)
+    return {} if row is None else {sample.round: sample.value for sample in row.samples}
+
+
+def ratio(cell: Cell, name: str, rival: str) -> Ratio | None:
+    """How much better one is than another, over the rounds that both have; above 1 is better in every kind."""
+    mine, theirs = by_round(cell, name), by_round(cell, rival)
+    rounds = sorted(mine.keys() & theirs.keys())
+    if not rounds:
+        return None
+    pair = [mine[r] for r in rounds], [theirs[r] for r in rounds]
+    return paired_ratio(*(reversed(pair) if cell.workload.lower else pair))
+
+
+def rank(cell: Cell) -> list[tuple[str, Interval]]:
+    """Engines with a number, best median first."""
+    found = [(name, median_interval(row.values)) for name, row in measured(cell).items()]
+    return sorted(found, key=lambda pair: pair[1].median, reverse=not cell.workload.lower)
+
+
+def best_rival(cell: Cell, name: str | None) -> str | None:
+    """The best of the others."""
+    return next((rival for rival, _ in rank(cell) if rival != name), None)
+
+
+def share(cell: Cell, name: str, peaks: Mapping[str, Mapping[str, float]]) -> float | None:
+    """Median over samples of the time that the machine allowed, as it was around the sample, over the time taken.
+
+    The bandwidth is the better of the two probes around a sample, so a share is never flattered by a bad one.
+    """
+    row = measured(cell).get(name)
+    if cell.floor is None or row is None or cell.workload.kind not in ("decode", "prompt", "generate"):
+        return None
+    peak = peak_for(cell.format, dict(peaks.get(str(cell.threads), {})))
+    shares = []
+    for sample in row.samples:
+        read = [r.read_gb_s for r in (sample.before, sample.after) if r is not None and r.read_gb_s]
+        if read:
+            shares.append(cell.floor.seconds(max(read), peak) * sample.value / cell.floor.tokens)
+    return median(shares) if shares else None
+
+
+def readings(cell: Cell) -> list[Reading]:
+    """The probes around a cell's samples."""
+    return [s.after for row in cell.engines.values() for s in row.samples if s.after is not None]
+
+
+def limit(cell: Cell, peaks: Mapping[str, Mapping[str, float]]) -> tuple[float, str] | None:
+    """What the floor comes to at the median of the cell's probes: the workload's number, and what sets it."""
+    if cell.floor is None:
+        return None
+    if cell.workload.kind == "memory":
+        return float(cell.floor.weight_bytes + cell.floor.kv_bytes), "weights + KV"
+    found = readings(cell)
+    read = [r.read_gb_s for r in found if r.read_gb_s]
+    if cell.workload.kind not in ("decode", "prompt", "generate") or not read:
+        return None
+    seconds = cell.floor.seconds(median(read), peak_for(cell.format, dict(peaks.get(str(cell.threads), {}))))
+    reads = seconds <= cell.floor.bytes / median(read) / 1e9
+    by = "compute" if not reads else "cache read" if any(r.from_cache for r in found) else "read"
+    return cell.floor.tokens / seconds, by
+
+
+def first_token_s(row: Row) -> float | None:
+    """Median time to the first token, of the slowest sequence of each run."""
+    found = [max(sample.first) for sample in row.samples if sample.first]
+    return median(found) if found else None
+
+
+def token_times(row: Row) -> list[float]:
+    """Inter-token latencies of all kept runs, in seconds."""
+    return [
+        later - earlier
+        for sample in row.samples
+        for series in sample.times or ()
+        for earlier, later in itertools.pairwise(series)
+    ]
+
+
+def decode_tok_s(sample: Sample, new: int, sequences: int) -> float | None:
+    """Tokens per second after the first, of a run."""
+    if new < 2 or not sample.first or max(sample.last) <= min(sample.first):
+        return None
+    return sequences * (new - 1) / (max(sample.last) - min(sample.first))
+
+
+def peak_bytes(cell: Cell, name: str) -> int | None:
+    """The most memory that an engine held, as far as its row says."""
+    row = cell.engines.get(name)
+    if row is None or row.memory is None:
+        return None
+    return row.memory.get("peak_bytes")
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Of a row: joules per generated token, gross, and net of the power that the idle machine takes."""
+
+    counter: str
+    gross_j: float
+    net_j: float | None
+
+
+def energy(data: Data, cell: Cell, name: str) -> Energy | None:
+    """Energy per token over all samples together; None without a counter."""
+    row = measured(cell).get(name)
+    counters = sorted({key for s in (row.samples if row else ()) for key in s.energy_j or ()})
+    if row is None or not counters:
+        return None
+    counter = counters[0]
+    used = [s for s in row.samples if s.energy_j and counter in s.energy_j and s.wall_s]
+    tokens = len(used) * cell.workload.new * cell.workload.sequences
+    if not tokens:
+        return None
+    gross = sum((s.energy_j or {})[counter] for s in used)
+    idle = data.idle_w.get("empty", {}).get(counter)
+    net = None if idle is None else (gross - idle * sum(s.wall_s or 0.0 for s in used)) / tokens
+    return Energy(counter, gross / tokens, net)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Step time as a power of the depth: seconds ∝ depth^exponent, with its interval, over `points` depths."""
+
+    exponent: Interval
+    points: int
+
+
+def growth(cells: Sequence[Cell], name: str) -> Growth | None:
+    """The growth law of an engine's decode step over depths; None with fewer than three."""
+    points = []
+    for cell in cells:
+        row = measured(cell).get(name)
+        if row is not None and cell.workload.kind == "decode" and cell.workload.sequences == 1:
+            points.append((float(cell.workload.depth), [1 / value for value in row.values]))
+    if len({depth for depth, _ in points}) < 3:
+        return None
+    points.sort()
+    return Growth(exponent([depth for depth, _ in points], [seconds for _, seconds in points]), len(points))
+
+
+def disturbances(data: Data) -> tuple[int, list[float]]:
+    """How many samples others disturbed, and the shares of all that are known."""
+    found = [
+        s.others for c in data.cells.values() for r in c.engines.values() for s in r.samples if s.others is not None
+    ]
+    return sum(others > DISTURBED for others in found), found
+
+
+def precision_labels(data: Data) -> dict[tuple[str, str], list[str]]:
+    """(engine, version) -> what it keeps numbers in, by format."""
+    labels: dict[tuple[str, str], list[str]] = {}
+    for cell in data.cells.values():
+        for name, row in cell.engines.items():
+            if row.precision:
+                seen = labels.setdefault((name, row.version), [])
+                label = f"{cell.format}: {row.precision}"
+                if label not in seen:
+                    seen.append(label)
+    return labels
+
+
+def groups(data: Data) -> dict[tuple[str, str], list[Cell]]:
+    """Cells by model and format, in the order of the run."""
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in data.cells.values():
+        found.setdefault((cell.model, cell.format), []).append(cell)
+    return found
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """One line on the computer."""
+    cpu, total = machine["cpu"], machine["memory"]["total_bytes"]
+    gpus = "".join(f", {gpu['name']}" for gpu in machine.get("gpus", ()))
+    return (
+        f"{cpu['model']}, {cpu['usable_cores']} cores, {cpu['usable_threads']} threads"
+        + (f", {total / 2**30:.0f} GiB" if total else "")
+        + gpus
+        + f"; {machine['system']['name']}, kernel {machine['system']['kernel']}"
+    )
+
+
+def power_law(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
+    """(a, p) of y = a·x^p by least squares on logarithms, to draw it."""
+    p, a = np.polyfit(np.log(xs), np.log(ys), 1)
+    return float(np.exp(a)), float(p)

@@ -1,0 +1,204 @@
+"""A record as Markdown: every speed beside its share of the machine's limit, its ratio and its verdict.
+
+Knows the record's shape; measures nothing.
+
+    print(render(record.data))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import median as middle
+
+from finial.lab.analysis import (
+    DISTURBED,
+    best_rival,
+    disturbances,
+    energy,
+    first_token_s,
+    groups,
+    growth,
+    limit,
+    machine_line,
+    measured,
+    ours,
+    precision_labels,
+    ratio,
+    readings,
+    share,
+    token_times,
+)
+from finial.lab.record import Cell, Data, Reading
+from finial.lab.statistics import median, percentiles, spread
+
+
+def render(data: Data, title: str = "Benchmark") -> str:
+    """The whole page."""
+    notes: list[str] = []
+    parts = [f"# {title}, {data.started}", "", *_head(data), ""]
+    for (model, format), cells in groups(data).items():
+        parts += [f"## {model}, {format}", "", *_group(data, cells, notes), ""]
+        parts += [*_latencies(cells), *_growth(cells), *_energy(data, cells), *_verdicts(data, model, format), ""]
+    if notes:
+        parts += ["## Not measured", "", *(f"{i}. {note}" for i, note in enumerate(notes, 1)), ""]
+    return "\n".join([*parts, *_legend()]) + "\n"
+
+
+def _head(data: Data) -> Iterator[str]:
+    yield f"{machine_line(data.machine)}; finial {data.commit}; instruction set {data.machine['native']['isa']}."
+    if data.command:
+        yield f"\nMeasured by `{' '.join(data.command)}`."
+    for warning in data.warnings:
+        yield f"\n**{warning}**"
+    if data.busy is not None and data.busy > DISTURBED:
+        yield f"\n**The machine was busy: {data.busy:.0%} of its processors' time was taken before the run began.**"
+    disturbed, found = disturbances(data)
+    if disturbed:
+        yield (
+            f"\n**During {disturbed} of {len(found)} samples something else took more than {DISTURBED:.0%} of the "
+            f"machine (median {middle(found):.0%}, most {max(found):.0%}), although each was measured again.**"
+        )
+    builds = dict.fromkeys(cell.native for cell in data.cells.values())
+    if len(builds) > 1:
+        yield f"\n**finial's native module changed under the run: {', '.join(map(str, builds))}.**"
+    yield ""
+    probes: dict[tuple[int, bool], list[Reading]] = {}
+    for cell in data.cells.values():
+        for reading in readings(cell):
+            probes.setdefault((cell.threads, reading.from_cache), []).append(reading)
+    for (threads, cached), around in sorted(probes.items()):
+        read = [r.read_gb_s for r in around if r.read_gb_s]
+        latency = [r.core_to_core_ns for r in around if r.core_to_core_ns]
+        if read:
+            yield (
+                f"- {threads} thread{'s' * (threads > 1)}: reads {min(read):.0f} – {middle(read):.0f} – {max(read):.0f}"
+                f" GB/s {'from cache ' * cached}(least, median, most of the run's probes)"
+                + (f"; core to core {min(latency):.0f} – {max(latency):.0f} ns" if latency else "")
+                + "".join(f"; {k} {gops / 1000:.2f} T/s" for k, gops in data.peaks.get(str(threads), {}).items())
+            )
+    for (name, version), precisions in precision_labels(data).items():
+        yield f"- {name} ({version}) — {'; '.join(precisions)}"
+    counters = sorted({c for cell in data.cells.values() for r in cell.engines.values() for s in r.samples
+                       for c in s.energy_j or ()})  # fmt: skip
+    yield f"- energy: {', '.join(counters) or 'unavailable (no counter)'}"
+
+
+def _group(data: Data, cells: list[Cell], notes: list[str]) -> Iterator[str]:
+    present = list(dict.fromkeys(name for cell in cells for name in cell.engines))
+    first = ours(present)
+    names = [name for name in present if name == first] + [name for name in present if name != first]
+    yield f"| | unit | {' | '.join(names)} | limit | {first} ÷ best of the others |"
+    yield "|---" * (len(names) + 4) + "|"
+    for cell in cells:
+        columns = [_value(data, cell, name, notes) for name in names]
+        best = best_rival(cell, first)
+        versus = ratio(cell, first, best) if best is not None and first is not None else None
+        text = "–"
+        if versus is not None:
+            text = f"{versus.median:.2f} × [{versus.low:.2f}, {versus.high:.2f}] {best}"
+            text = f"{text}: no difference shown" if not versus.shown else f"**{text}**" if versus.low > 1 else text
+        yield f"| {cell.workload.name} | {cell.workload.unit} | {' | '.join(columns)} | {_limit(data, cell)} | {text} |"
+
+
+def _value(data: Data, cell: Cell, name: str, notes: list[str]) -> str:
+    row = cell.engines.get(name)
+    if row is None:
+        return "–"
+    if row.status != "ok":
+        note = f"{name}, {cell.format}: {row.reason}"
+        if note not in notes:
+            notes.append(note)
+        return f"{row.status} ({notes.index(note) + 1})"
+    if not row.samples:
+        return "–"
+    number = median(row.values)
+    kind = cell.workload.kind
+    shown = f"{digits(number / 1e9 if kind == 'memory' else number)} ± {100 * spread(row.values):.0f} %"
+    part = share(cell, name, data.peaks)
+    return shown if part is None else f"{shown} ({100 * part:.0f} %)"
+
+
+def _limit(data: Data, cell: Cell) -> str:
+    found = limit(cell, data.peaks)
+    if found is None:
+        return "–"
+    number, by = found
+    return f"{digits(number / 1e9 if cell.workload.kind == 'memory' else number)} ({by})"
+
+
+def _latencies(cells: list[Cell]) -> Iterator[str]:
+    lines = []
+    for cell in cells:
+        for name, row in measured(cell).items():
+            times, first = token_times(row), first_token_s(row)
+            if cell.workload.kind != "generate" or first is None:
+                continue
+            between = " / ".join(f"{1e3 * p:.3g}" for p in percentiles(times)) if times else "no single tokens"
+            lines.append(f"| {cell.workload.name} | {name} | {1e3 * first:.3g} | {between} |")
+    if lines:
+        yield "| | engine | time to first token, ms | between tokens, ms (p50 / p95 / p99) |"
+        yield "|---|---|---|---|"
+        yield from [*lines, ""]
+
+
+def _growth(cells: list[Cell]) -> Iterator[str]:
+    for family in dict.fromkeys(cell.workload.family for cell in cells):
+        some = [cell for cell in cells if cell.workload.family == family]
+        names = dict.fromkeys(name for cell in some for name in cell.engines)
+        for name in names:
+            found = growth(some, name) if family in ("cache", "depth") else None
+            if found is not None:
+                p = found.exponent
+                yield (
+                    f"- {name}: the time of a step grows as depth^{p.median:.2f} [{p.low:.2f}, {p.high:.2f}] over "
+                    f"{found.points} depths"
+                )
+    yield ""
+
+
+def _energy(data: Data, cells: list[Cell]) -> Iterator[str]:
+    for cell in cells:
+        for name in measured(cell):
+            found = energy(data, cell, name)
+            if found is not None:
+                net = "" if found.net_j is None else f", {found.net_j:.3g} J net of the idle machine"
+                yield f"- {cell.workload.name}, {name}: {found.gross_j:.3g} J a token{net} ({found.counter})"
+
+
+def _verdicts(data: Data, model: str, format: str) -> Iterator[str]:
+    verdicts = data.verdicts.get(f"{model}/{format}")
+    if not verdicts:
+        yield "**No verdict: these speeds stand without proof that the output is right.**"
+        return
+    yield "| verdict against the float32 reference | positions | KL mean | p99 | max, nats | top-1 | greedy text |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, verdict in verdicts.items():
+        if verdict.error:
+            yield f"| {name} | no verdict: {verdict.error} | | | | | |"
+            continue
+        parted = verdict.divergence
+        greedy = (
+            f"equal over {verdict.greedy_tokens} tokens"
+            if parted is None
+            else f"parts after {parted.position} tokens, where its choice is {parted.margin:.1e} nats behind"
+        )
+        kl = [f"{x:.1e}" if x is not None else "–" for x in (verdict.kl_mean, verdict.kl_p99, verdict.kl_max)]
+        top1 = "–" if verdict.top1 is None else f"{verdict.top1:.1%}"
+        flaws = "".join(f"; **{flaw}**" for flaw in verdict.flaws)
+        yield f"| {name} | {verdict.positions or 'tokens only'} | {' | '.join(kl)} | {top1} | {greedy}{flaws} |"
+
+
+def _legend() -> Iterator[str]:
+    yield (
+        "Median ± half the distance between the quartiles; in brackets the share of the limit, which is the same work "
+        "for every engine: the bytes of finial's format over the read bandwidth measured around the sample, or for "
+        "prompts the operations over the measured arithmetic peak. Ratios are medians of paired rounds with a 95 % "
+        "bootstrap interval, above 1 where the first engine is better; bold where the interval leaves 1 out in its "
+        "favour. Depths are of a filled cache; batches count all sequences' tokens."
+    )
+
+
+def digits(value: float) -> str:
+    """Three significant digits."""
+    places = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:,.{places}f}"

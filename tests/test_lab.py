@@ -1,0 +1,582 @@
+"""The lab without a large model: its statistics, protocol, record and runs, with engines that are honest or are not."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finial.errors import FileError, RequestError
+from finial.files.checkpoint import open_checkpoint
+from finial.files.convert import convert
+from finial.lab import runner
+from finial.lab.analysis import best_rival, growth, limit, rank, ratio, share
+from finial.lab.checks import check, value
+from finial.lab.engines.setup import SetupError, install, make_file, missing
+from finial.lab.engines.table import ADAPTERS, ENGINES, Engine, Places, make_command
+from finial.lab.estimate import estimate
+from finial.lab.record import Cell, Reading, Record, Row, Sample
+from finial.lab.report.markdown import render
+from finial.lab.roofline import Floor, peak_for
+from finial.lab.runner import Runner
+from finial.lab.statistics import exponent, median_interval, paired_ratio, spread, unpaired_ratio
+from finial.lab.verdicts import Judge, regret
+from finial.lab.worker import Worker, WorkerError
+from finial.lab.workloads import (
+    BATCH_CASES,
+    FAMILIES,
+    LOAD,
+    MEMORY,
+    Group,
+    Sizes,
+    Workload,
+    make,
+    parse_range,
+    powers,
+    prompts,
+    rounds_for,
+)
+from finial.machine import describe
+
+DECODE = Workload("decode", "decode", depth=4, new=5, rounds=3)
+PROMPT = Workload("prompt", "prompt", depth=8, new=1, rounds=3)
+
+# An engine without a model: every token takes `pace` seconds; knows how to misbehave.
+FAKE = """
+import os, sys, time
+sys.path.insert(0, {adapters!r})
+from serve import Clock, serve
+
+FAULT, SINCE = {fault!r}, {since}
+class Session:
+    precision = "none at all"
+    def __init__(self, model, format, threads, context, sequences=8, cache=True, options=None):
+        print("noise on stdout")
+        self.runs = 0
+        if FAULT == "load": raise RuntimeError("no such kernel")
+    def run(self, prompts, new, keep):
+        self.runs += 1
+        fault = FAULT if self.runs > SINCE else ""
+        if fault == "die": print("out of everything", file=sys.stderr, flush=True); os._exit(3)
+        if fault == "hang": time.sleep(60)
+        if fault == "leak":
+            held = []
+            while True: held.append(b"x" * (16 << 20)); time.sleep(0.01)
+        if fault == "leak in a child":
+            import subprocess
+            subprocess.run([sys.executable, "-c", "x = b'x' * (400 << 20); import time; time.sleep(60)"])
+        if fault == "flood":
+            while True: os.write(2, b"x" * (1 << 20))
+        if fault == "endless answer":
+            os.write(ANSWERS, b"x" * (20 << 20))
+        if fault == "no answer": os.write(ANSWERS, b"what?\\n"); time.sleep(60)
+        clock = Clock(len(prompts))
+        for i in range(new):
+            time.sleep({pace})
+            for s in range(len(prompts)): clock.token(s, 1)
+        reply = clock.reply()
+        if fault == "short": reply["tokens"] = [ids[:-1] for ids in reply["tokens"]]; reply["times"] = None
+        if fault == "no tokens": reply["tokens"] = [[1 << 30] * new for _ in prompts]
+        if fault == "fast":
+            reply.update(times=None, first=[t / 50 for t in reply["first"]], last=[t / 50 for t in reply["last"]])
+            time.sleep(1.2)
+        if fault == "late": reply.update(times=None, last=[t + 5 for t in reply["last"]])
+        if fault == "backwards": reply.update(times=None, first=[t + 1 for t in reply["last"]])
+        if fault == "stolen times": reply["times"] = [[0.0] * new for _ in prompts]
+        return reply
+
+ANSWERS = os.dup(1)
+serve(Session, "fake", "fake 1")
+"""
+
+# finial itself, with one lie.
+LIAR = """
+import sys
+sys.path.insert(0, {adapters!r})
+import numpy as np
+from run_finial import Session as Real
+from serve import serve
+
+class Session(Real):
+    def run(self, prompts, new, keep):
+        reply = super().run(prompts, new, keep)
+        if {fault!r} == "other tokens" or {fault!r} == "other tokens when timed" and len(prompts[0]) != 32:
+            reply["tokens"] = [[(7 * t + 11) % 1500 for t in ids] for ids in reply["tokens"]]
+        return reply
+
+serve(Session, "liar", "liar 1")
+"""
+
+
+class FakeProbe:
+    """A machine that reads 50 GB/s, computes 100 G bf16 operations a second and takes 3 J a reading."""
+
+    def __init__(self) -> None:
+        self.joules = 0.0
+
+    def now(self, threads: int, nbytes: int = 0) -> dict[str, Any]:
+        return {"read_gb_s": 50.0, "core_to_core_ns": 55.0, "at": time.time()}
+
+    def peaks(self, threads: int) -> dict[str, float]:
+        return {"bf16": 100.0}
+
+    def energy(self) -> dict[str, float]:
+        self.joules += 3.0
+        return {"meter": self.joules}
+
+
+class Bench:
+    """Makes engines whose adapter is a fake, and runs them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.places = Places(folder / "engines", folder / "models")
+        self.places.models.mkdir()
+
+    def engine(self, name: str, pace: float = 0.003, fault: str = "", since: int = 0, text: str = FAKE) -> Engine:
+        file = self.folder / f"fake_{name}.py"
+        file.write_text(text.format(adapters=str(ADAPTERS), pace=pace, fault=fault, since=since))
+        return Engine(name, str(file), "json", "", {"stored": ""}, uncached=True)
+
+    def worker(self, **fault: Any) -> Worker:
+        limit = fault.pop("memory_bytes", None)
+        made = Worker(self.engine("one", **fault).command(self.places), {}, limit)
+        made.ask("load", 30, model="m", format="f", threads=1, context=8)
+        return made
+
+    def run(
+        self, engines: list[Engine], workloads: tuple[Workload, ...], starts: int = 1, judged: bool = False, **more: Any
+    ) -> Record:
+        path = self.places.models / "record.json"
+        record = Record.create(path, plan={}, started="now", commit="abc", busy=0.5, machine=describe().to_dict())
+        group = Group("demo", "stored", 2, workloads, starts)
+        run = Runner(record, self.places, engines, FakeProbe(), lambda text: None, **more)
+        if judged:
+            with Judge(self.places, 2) as judge:
+                run.group(group, judge)
+        else:
+            run.group(group)
+        return record
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    yield Bench(tmp_path)
+
+
+# --- statistics --------------------------------------------------------------------------------------------------
+
+
+def test_paired_ratio_follows_the_pairs_not_the_levels() -> None:
+    machine = np.array([1, 2, 1, 2, 1, 2, 1, 2, 1, 2], float)  # the state flips between rounds
+    found = paired_ratio(list(1.2 * machine), list(machine))
+    assert found.median == pytest.approx(1.2)
+    assert found.low == pytest.approx(1.2) and found.high == pytest.approx(1.2) and found.shown
+    apart = unpaired_ratio(list(1.2 * machine), list(machine))
+    assert apart.low < 1 < apart.high and not apart.shown
+
+
+def test_interval_that_holds_one_shows_nothing() -> None:
+    noise = np.random.default_rng(0).normal(1, 0.1, 20)
+    found = paired_ratio(list(noise), list(noise[::-1]))
+    assert found.low < 1 < found.high and not found.shown
+    assert not paired_ratio([2.0, 2.0], [1.0, 1.0]).shown, "two pairs are too few to show anything"
+
+
+@pytest.mark.parametrize("samples", [10, 20])
+def test_interval_covers_the_truth_about_as_often_as_it_says(samples: int) -> None:
+    rng = np.random.default_rng(samples)
+    hits, runs = 0, 100
+    for seed in range(runs):
+        found = paired_ratio(list(1.1 * rng.lognormal(0, 0.1, samples)), [1.0] * samples, seed)
+        hits += found.low <= 1.1 <= found.high
+    # 95 ± 2.2; the percentile bootstrap of a median of few samples is a little off either way.
+    assert 87 <= hits <= 100
+
+
+def test_growth_exponent_is_found_with_its_interval() -> None:
+    rng = np.random.default_rng(3)
+    xs = [16, 32, 64, 128, 256]
+    found = exponent(xs, [list(2e-3 * x**1.5 * rng.lognormal(0, 0.05, 12)) for x in xs])
+    assert found.low < 1.5 < found.high and found.high - found.low < 0.15
+
+
+def test_spread_is_relative() -> None:
+    assert spread([90, 95, 100, 105, 110]) == pytest.approx(0.05)
+    assert median_interval([3.0]).low == 3.0
+
+
+# --- workloads ---------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_fresh_unless_the_cache_is_kept() -> None:
+    assert prompts(DECODE, 1000, 0) == prompts(DECODE, 1000, 5)
+    assert prompts(PROMPT, 1000, 0) != prompts(PROMPT, 1000, 1)
+    assert prompts(PROMPT, 1000, 1) == prompts(PROMPT, 1000, 1)
+    batch = prompts(replace(DECODE, sequences=3), 1000, 0)
+    assert len({tuple(p) for p in batch}) == 3 and all(len(p) == 4 and max(p) < 900 for p in batch)
+    mixed = next(w for w in make("batch", Sizes()) if w.name == "batch_3_mixed")
+    assert [len(p) for p in prompts(mixed, 1000, 0)] == [8, 32, 96] and mixed.positions == 96 + 32
+
+
+def test_ranges() -> None:
+    assert parse_range("128,512") == (128, 512)
+    assert parse_range("1:32:x2") == (1, 2, 4, 8, 16, 32) and parse_range("10:50:20,7") == (10, 30, 50, 7)
+    for wrong in ("", "0", "-1:4", "8:4", "1:8:x1", "1:8:0", "a", "1:2:3:4", "1:99999"):
+        with pytest.raises(RequestError, match="no range"):
+            parse_range(wrong)
+
+
+def test_the_table_of_workloads() -> None:
+    assert {w.name for w in make("batch", Sizes())} == set(BATCH_CASES)
+    assert [w.sequences for w in make("batch", Sizes(batch=parse_range("1:64:x2")))] == [1, 2, 4, 8, 16, 32, 64]
+    assert [w.depth for w in make("depth", Sizes(limit=1024))] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1015]
+    assert powers(8) == (1, 2, 4, 8)
+    assert all(w.caches == (True, False) for w in make("cache", Sizes(limit=1024)))
+    for family in FAMILIES:
+        assert all(w.positions <= 1024 and w.family == family for w in make(family, Sizes(limit=1024)))
+    with pytest.raises(RequestError, match="positions"):
+        make("depth", Sizes(depth=(4096,), limit=1024))
+    with pytest.raises(RequestError, match="choose of"):
+        make("dept", Sizes())
+
+
+def test_short_work_is_repeated_and_long_work_is_not() -> None:
+    free = replace(DECODE, rounds=0)
+    assert [rounds_for(free, s) for s in (0.02, 0.1, 0.4, 1.0, 10.0)] == [150, 30, 10, 6, 3]
+    assert rounds_for(replace(DECODE, rounds=4), 0.001) == 4
+
+
+def test_values() -> None:
+    reply = {"first": [0.5], "last": [0.9], "tokens": [[1] * 5]}
+    assert value(DECODE, reply) == pytest.approx(10)  # four steps in 0.4 s
+    assert value(replace(DECODE, kind="first"), reply) == pytest.approx(5)  # 0.5 s over 0.1 s
+    assert value(replace(DECODE, kind="generate"), reply) == pytest.approx(5 / 0.9)
+    assert value(PROMPT, {"first": [0.5], "last": [0.5], "tokens": [[1]]}) == pytest.approx(16)
+    both = {"first": [0.5, 0.6], "last": [0.9, 1.0], "tokens": [[1] * 5] * 2}
+    assert value(replace(DECODE, sequences=2), both) == pytest.approx(16)  # eight tokens from 0.5 to 1.0 s
+
+
+def test_unequal_work_is_named() -> None:
+    good: dict[str, Any] = {"first": [0.1], "last": [0.2], "tokens": [[1] * 5], "times": None}
+    assert check(DECODE, good, 10, 0.21) == ""
+    for change, words in (
+        ({"tokens": [[1] * 4]}, "4"),
+        ({"tokens": [[1] * 5] * 2}, "unequal"),
+        ({"tokens": [[1, 1, 1, 1, 10]]}, "no token"),
+        ({"tokens": [[1, 1, 1, 1, 1.0]]}, "no token"),
+        ({"tokens": None}, "no lists"),
+        ({"first": [0.3]}, "backwards"),
+        ({"first": [0.0]}, "backwards"),
+        ({"last": [float("nan")]}, "not one time"),
+        ({"last": [0.2, 0.2]}, "not one time"),
+        ({"last": [0.4]}, "answer after"),
+        ({"times": [[0.1, 0.2]]}, "each token"),
+        ({"times": [[0.1, 0.15, 0.12, 0.18, 0.2]]}, "backwards"),
+        ({"times": [[0.05, 0.1, 0.15, 0.18, 0.2]]}, "begin and end"),
+    ):
+        assert words in check(DECODE, {**good, **change}, 10, 0.21), change
+    assert "is said to" in check(DECODE, good, 10, 3.0)
+
+
+# --- protocol ----------------------------------------------------------------------------------------------------
+
+
+def test_noise_on_stdout_does_not_reach_the_protocol(bench: Bench) -> None:
+    worker = bench.worker()
+    assert worker.ask("hello", 20) == {"protocol": 1, "engine": "fake", "version": "fake 1", "operations": ["run"]}
+    assert worker.ask("run", 20, prompts=[[1, 2]], new=3, keep=False)["tokens"] == [[1, 1, 1]]
+    with pytest.raises(WorkerError, match="nonsense"):
+        worker.ask("nonsense", 20)
+    assert worker.alive
+    worker.close()
+    assert not worker.alive
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc for the process's state")
+def test_a_worker_is_stopped_between_questions(bench: Bench) -> None:
+    worker = bench.worker()
+    deadline = time.monotonic() + 10
+    while _state(worker.pid) != "T" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert _state(worker.pid) == "T"
+    worker.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("die", "status 3: out of everything"),
+        ("hang", "within 1 s"),
+        ("no answer", "is none"),
+        ("flood", "beside its answers"),
+        ("endless answer", "in one answer"),
+        ("leak", "more than its limit of 0.30 GB"),
+        ("leak in a child", "more than its limit of 0.30 GB"),
+    ],
+)
+def test_what_breaks_a_limit_is_ended_whole(bench: Bench, fault: str, message: str) -> None:
+    if fault.startswith("leak") and not Path("/proc/self/statm").exists():
+        pytest.skip("memory is watched through /proc")
+    worker = bench.worker(fault=fault, memory_bytes=300_000_000)
+    with pytest.raises(WorkerError, match=message):
+        worker.ask("run", 1 if fault == "hang" else 30, prompts=[[1]], new=1, keep=False)
+    assert not worker.alive
+    with pytest.raises(ProcessLookupError):  # nobody of its group is left
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            os.killpg(worker.pid, 0)
+            time.sleep(0.02)
+
+
+# --- runs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_interleaves_probes_and_saves(bench: Bench) -> None:
+    record = bench.run([bench.engine("finial", 0.005), bench.engine("slow", 0.02)], (DECODE, PROMPT))
+    again = Record.open(record.path).data
+    cell = again.cells["demo/stored/2/decode"]
+    assert len(cell.engines["finial"].samples) == 3 and 20 < max(cell.engines["finial"].values) <= 200
+    assert all(s.before == s.after or s.after for s in cell.engines["slow"].samples)
+    orders = [(s.round, s.order) for row in cell.engines.values() for s in row.samples]
+    assert sorted(orders) == [(r, o) for r in range(3) for o in range(2)]
+    assert cell.engines["slow"].samples[0].energy_j == {"meter": 3.0}
+    assert best_rival(cell, "finial") == "slow" and [name for name, _ in rank(cell)] == ["finial", "slow"]
+    found = ratio(cell, "finial", "slow")
+    assert found is not None and 1.2 < found.median < 10
+    assert cell.native
+    page = render(again)
+    assert "changed under the run" not in page and "The machine was busy: 50%" in page and "J a token" in page
+    cell.native = "another"
+    assert "changed under the run" in render(again)
+
+
+def test_failures_are_rows_with_their_reason_and_without_a_number(bench: Bench) -> None:
+    faults = {
+        "unloadable": ("load", "failed", "no such kernel"),
+        "dying": ("die", "failed", "out of everything"),
+        "midway": ("die", "failed", "out of everything"),
+        "short": ("short", "invalid", "unequal work"),
+        "strange": ("no tokens", "invalid", "no token of"),
+        "fast": ("fast", "invalid", "is said to have come"),
+        "late": ("late", "invalid", "the answer after"),
+        "backwards": ("backwards", "invalid", "backwards"),
+        "thief": ("stolen times", "invalid", "begin and end"),
+    }
+    engines = [bench.engine(n, fault=f, since=2 if n == "midway" else 0) for n, (f, _, _) in faults.items()]
+    absent = replace(bench.engine("absent"), environment="nowhere")
+    record = bench.run([bench.engine("finial"), *engines, absent], (DECODE, PROMPT))
+    rows = record.cells["demo/stored/2/decode"].engines
+    assert rows["finial"].status == "ok" and len(rows["finial"].samples) == 3
+    for name, (_, status, reason) in faults.items():
+        assert rows[name].status == status and reason in rows[name].reason, name
+        assert not rows[name].samples, name
+    assert rows["midway"].discarded == 1, "one warm-up, one sample, then it died"
+    assert "not installed" in rows["absent"].reason
+    assert len(record.cells["demo/stored/2/prompt"].engines["finial"].samples) == 3, "the run goes on"
+    page = render(record.data)
+    assert all(reason in page for _, _, reason in faults.values()) and "failed (1)" in page and "invalid (" in page
+
+
+def test_text_that_is_not_the_models_makes_its_rows_invalid(bench: Bench) -> None:
+    engines = [
+        bench.engine("honest", text=LIAR),
+        bench.engine("liar", text=LIAR, fault="other tokens"),
+        bench.engine("sly", text=LIAR, fault="other tokens when timed"),
+    ]
+    record = bench.run(engines, (replace(DECODE, new=17),), judged=True)
+    rows = record.cells["demo/stored/2/decode"].engines
+    assert rows["honest"].status == "ok"
+    assert rows["liar"].status == rows["sly"].status == "invalid"
+    assert not rows["liar"].samples and "greedy text" in rows["liar"].reason and "measured text" in rows["sly"].reason
+    verdicts = record.data.verdicts["demo/stored"]
+    assert verdicts["honest"].kl_mean is not None and verdicts["honest"].kl_mean < 1e-3
+    assert verdicts["honest"].greedy_agreement is not None and verdicts["honest"].greedy_agreement > 0.9
+    assert "measured text" in render(Record.open(record.path).data)
+
+
+def test_regret_is_a_share_of_the_way_to_random_tokens() -> None:
+    logits = np.random.default_rng(0).normal(size=(200, 1000)).astype(np.float32)
+    assert regret(logits, logits.argmax(-1)) == 0
+    assert regret(logits, np.random.default_rng(1).integers(0, 1000, 200)) == pytest.approx(1, abs=0.1)
+    assert not regret(np.full((2, 4), np.nan, np.float32), [0, 1]) <= 1, "not a number is not small"
+
+
+def test_both_cache_settings_are_rows_of_one_cell(bench: Bench) -> None:
+    record = bench.run([bench.engine("finial")], (replace(DECODE, caches=(True, False)),))
+    rows = record.cells["demo/stored/2/decode"].engines
+    assert set(rows) == {"finial", "finial, no cache"} and not rows["finial, no cache"].cache
+    assert all(len(row.samples) == 3 for row in rows.values())
+
+
+def test_starts_give_load_time_and_memory(bench: Bench) -> None:
+    record = bench.run([bench.engine("finial"), bench.engine("other")], (DECODE,), starts=2)
+    for name in (LOAD.name, MEMORY.name):
+        row = record.cells[f"demo/stored/2/{name}"].engines["other"]
+        assert len(row.samples) == 2 and all(v > 0 for v in row.values)
+
+
+def test_a_run_resumes_where_it_stopped(bench: Bench) -> None:
+    engine = bench.engine("finial")
+    record = bench.run([engine], (DECODE,))
+    before = record.cells["demo/stored/2/decode"]
+    again = Record.open(record.path)
+    group = Group("demo", "stored", 2, (DECODE, PROMPT))
+    Runner(again, bench.places, [engine], FakeProbe(), lambda text: None).group(group)
+    assert set(again.cells) == {"demo/stored/2/decode", "demo/stored/2/prompt"}
+    assert again.cells["demo/stored/2/decode"].at == before.at
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="reads processor times from /proc")
+def test_a_disturbed_sample_is_measured_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A warm-up; a first round that is tried again; no tries left for the second.
+    readings = iter([0.9, 0.9, 0.0, 0.9, 0.0])
+    monkeypatch.setattr(runner, "_others", lambda start, end: next(readings))
+    monkeypatch.setattr(runner, "OTHERS_S", 0.0)
+    record = bench.run([bench.engine("finial")], (replace(DECODE, rounds=2),))
+    samples = record.cells["demo/stored/2/decode"].engines["finial"].samples
+    assert [(s.round, s.others) for s in samples] == [(0, 0.0), (1, 0.9)]
+    assert "During 1 of 2 samples" in render(record.data)
+
+
+def test_others_are_what_the_engine_did_not_take() -> None:
+    cores = os.cpu_count() or 1
+    assert runner._others((0.0, 10.0, 5.0), (1.0, 10.5, 5.25)) == pytest.approx(0.25 / cores)
+    assert runner._others((0.0, None, 5.0), (1.0, None, 5.25)) is None
+
+
+# --- records -----------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_save_leaves_the_old_record(tmp_path: Path) -> None:
+    record = Record.create(tmp_path / "r.json", plan={}, started="", commit="", machine={}, busy=None)
+    record.save()
+    record.data.plan["bad"] = object()
+    with pytest.raises(TypeError):
+        record.save()
+    assert Record.open(record.path).cells == {} and list(tmp_path.iterdir()) == [record.path]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"schema": 99}', "schema 99"),
+        ("[]", "schema None"),
+        ("{", "no JSON"),
+        ('{"schema": 2, "plan": {}}', "missing required field"),
+        ('{"schema": 1}', "damaged"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_foreign_or_damaged_record_is_refused(tmp_path: Path, text: str | None, words: str) -> None:
+    if text is not None:
+        (tmp_path / "r.json").write_text(text)
+    with pytest.raises(FileError, match=words):
+        Record.open(tmp_path / "r.json")
+
+
+def test_a_wrong_type_deep_inside_is_named(bench: Bench) -> None:
+    record = bench.run([bench.engine("finial")], (DECODE,))
+    raw = json.loads(record.path.read_text())
+    raw["cells"]["demo/stored/2/decode"]["engines"]["finial"]["samples"][1]["value"] = "fast"
+    record.path.write_text(json.dumps(raw))
+    with pytest.raises(FileError, match=r"samples\[1\]\.value|samples\[\.\.\.\]\.value"):
+        Record.open(record.path)
+
+
+def test_the_first_schema_is_still_read() -> None:
+    path = Path(__file__).parent.parent / "benchmarks" / "results" / "cpu.json"
+    data = Record.open(path).data
+    assert data.cells and data.schema >= 2 and "finial" in next(iter(data.verdicts.values()))
+    assert "÷ best of the others" in render(data)
+
+
+# --- limits ------------------------------------------------------------------------------------------------------
+
+
+def test_floor_of_a_decode_step_is_weights_and_cache(tmp_path: Path) -> None:
+    path = convert(Places(tmp_path, tmp_path).checkpoint("demo"), tmp_path / "demo.gguf")
+    config = open_checkpoint(path).config
+    row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2  # keys and values in bf16
+    shallow, deep = (Floor.of(path, replace(DECODE, depth=depth)) for depth in (4, 104))
+    assert deep.bytes - shallow.bytes == 100 * row
+    assert deep.kv_bytes == (104 + 5) * row
+    four = Floor.of(path, replace(DECODE, sequences=4))
+    assert four.tokens == 4 and four.bytes < 1.5 * shallow.bytes and four.operations == 4 * shallow.operations
+    assert Floor.of(path, PROMPT).tokens == 8
+    assert Floor.of(path, DECODE, format="q8_0").bytes < 0.6 * shallow.bytes
+    whole = Floor.of(path, replace(DECODE, kind="generate"))
+    assert whole.tokens == 5 and 4.9 * shallow.bytes < whole.bytes < 5 * deep.bytes
+
+
+def _cell(floor: Floor, **rows: Row) -> Cell:
+    return Cell("m", "bf16", 2, DECODE, floor, None, dict(rows))
+
+
+def test_share_takes_the_better_probe_and_the_nearer_limit() -> None:
+    floor = Floor(bytes=10**9, operations=10**10, tokens=1, weight_bytes=1, kv_bytes=1)
+    sample = Sample(value=25.0, before=Reading(50.0, None, 0), after=Reading(20.0, None, 0))
+    cell = _cell(floor, finial=Row(samples=[sample]))
+    assert share(cell, "finial", {}) == pytest.approx(0.5)  # 20 ms allowed, 40 ms taken
+    assert share(cell, "finial", {"2": {"bf16": 333.3}}) == pytest.approx(0.75, rel=1e-3)  # 30 ms of arithmetic
+    assert limit(cell, {}) == (pytest.approx(20.0), "read")
+    assert limit(cell, {"2": {"bf16": 100.0}}) == (pytest.approx(10.0), "compute")
+    assert peak_for("q8_0", {"bf16": 1.0, "int8": 2.0}) == 2.0
+    assert peak_for("bf16", {"bf16": 1.0, "int8": 2.0}) == 1.0 and peak_for("bf16", {}) is None
+
+
+def test_growth_needs_three_depths() -> None:
+    def cell(depth: int) -> Cell:
+        row = Row(samples=[Sample(value=1000 / depth) for _ in range(5)])
+        return Cell("m", "bf16", 2, replace(DECODE, depth=depth), None, None, {"finial": row})
+
+    assert growth([cell(d) for d in (16, 64)], "finial") is None
+    found = growth([cell(d) for d in (16, 64, 256)], "finial")
+    assert found is not None and found.exponent.median == pytest.approx(1.0)
+
+
+# --- setup -------------------------------------------------------------------------------------------------------
+
+
+def test_setup_says_what_is_missing(tmp_path: Path) -> None:
+    places = Places(tmp_path / "engines", tmp_path / "models")
+    assert "install llama.cpp" in missing(ENGINES["llama.cpp"], places) and not missing(ENGINES["finial"], places)
+    there = Places(tmp_path, tmp_path, {"llama.cpp": Path(sys.executable)})
+    assert missing(replace(ENGINES["llama.cpp"], module="json"), there) == ""
+    assert "no_such_module" in missing(replace(ENGINES["llama.cpp"], module="no_such_module"), there)
+    with pytest.raises(SetupError, match="llama"):
+        install("lama", places)
+    with pytest.raises(SetupError, match="optimum-cli"):
+        make_file(places, "demo", "-openvino-int8")
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_files_are_made_once_and_by_the_right_tool(tmp_path: Path) -> None:
+    places = Places(tmp_path / "engines", tmp_path / "models")
+    made = make_file(places, "demo", "-stored.gguf")
+    stamp = made.stat().st_mtime_ns
+    assert make_file(places, "demo", "-stored.gguf").stat().st_mtime_ns == stamp
+    out = tmp_path / "out"
+    assert "quantize" in make_command(places, "qwen3-0.6b", "-q4_k_m.gguf", out)
+    assert make_command(places, "qwen3-0.6b", "-q8_0.gguf", out)[-2:] == ["--format", "q8_0"]
+    assert "int4" in make_command(places, "qwen3-0.6b", "-openvino-int4", out)
+    assert make_command(places, "qwen3-0.6b", "", out)[-3:] == ["synth", "qwen3-0.6b", str(out)]
+
+
+def test_estimates_grow_with_the_work() -> None:
+    engines = [ENGINES["finial"]]
+    few, many = (Group("m", "stored", 2, (DECODE,) * count) for count in (1, 4))
+    assert 0 < estimate([few], engines) < estimate([many], engines)
+    assert estimate([few], engines, model_bytes=8e6) < estimate([few], engines)
