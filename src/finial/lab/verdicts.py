@@ -9,10 +9,12 @@ small models, the cpu backend with float32 weights and cache for large ones.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +25,7 @@ from finial.lab.engines.table import ENGINES, Places
 from finial.lab.record import Cell, Divergence, Verdict
 from finial.lab.worker import Worker, WorkerError
 from finial.lab.workloads import Group, prompts
-from finial.verdict import first_divergence
-from finial.verdict import judge as compare
+from finial.verdict import compare, compare_top, first_divergence, summary
 
 LOAD_S, RUN_S = 180.0, 300.0
 GREEDY, PROMPT = 32, 32  # tokens of the greedy text, and of the beginning that it continues
@@ -66,24 +67,13 @@ class Judge:
             verdict = Verdict(basis="tokens", greedy_tokens=len(chosen))
             if "score" in operations:
                 reply = worker.ask("score", RUN_S, ids=ids, path=self._path("engine"))
-                if reply.get("kind") == "logits":
-                    expected, logits = self._score(group, ids), np.load(self._path("engine"))
-                    if logits.shape != expected.shape:
-                        return Verdict(error=f"logits of shape {logits.shape} instead of {expected.shape}")
-                    found = compare(expected, logits)
-                    verdict = Verdict(
-                        positions=found.positions,
-                        kl_mean=found.kl_mean,
-                        kl_p99=found.kl_p99,
-                        kl_max=found.kl_max,
-                        top1=found.top1,
-                        greedy_tokens=len(chosen),
-                    )
+                verdict = _scored(self._score(group, ids), ids, reply, self._path("engine"))
+                verdict.greedy_tokens = len(chosen)
             verdict.greedy_agreement = float((along.argmax(-1) == np.asarray(chosen)).mean())
             verdict.divergence = None if parted is None else Divergence(**dataclasses.asdict(parted))
             for what, value in (("greedy text", regret(along, chosen)), *self._measured(group, name, cells)):
                 if not value <= REGRET:
-                    verdict.flaws.append(f"its {what} is not this model's: {value:.0%} of the way to random tokens")
+                    verdict.flaws.append(f"{what} is not this model's: {value:.0%} of the way to random tokens")
             return verdict
         except (WorkerError, FinialError, OSError, ValueError) as error:
             return Verdict(error=str(error))
@@ -144,6 +134,33 @@ class Judge:
 
     def _path(self, name: str) -> str:
         return str(Path(self._folder.name) / f"{name}.npy")
+
+
+def _scored(expected: Logits, ids: list[int], reply: dict[str, Any], path: str) -> Verdict:
+    """What a reply to `score` comes to; ValueError when it is none."""
+    kind = reply.get("kind")
+    if kind == "logits":
+        logits = np.load(path)
+        if logits.shape != expected.shape:
+            raise ValueError(f"logits of shape {logits.shape} instead of {expected.shape}")
+        found = summary(compare(expected, logits, ids))
+    elif kind == "top":
+        top = [{int(token): float(logprob) for token, logprob in known} for known in reply["top"]]
+        found = summary(compare_top(expected, top, ids))
+    else:
+        raise ValueError(f"a score of kind {kind!r}")
+    numbers: dict[str, Any] = {
+        name: _finite(getattr(found, name)) for name in ("kl_mean", "kl_p99", "kl_max", "top1", "top5")
+    }
+    if found.perplexity is not None:
+        numbers["perplexity"] = _finite(found.perplexity.value)
+        numbers["perplexity_error"] = _finite(found.perplexity.error)
+    flaws = [] if numbers["kl_mean"] is not None or kind == "top" else ["logits are not all numbers"]
+    return Verdict(positions=found.positions, basis=kind, flaws=flaws, **numbers)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def regret(reference: Logits, chosen: Sequence[int]) -> float:
