@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finial.engine.batch import StepBuilder
-from finial.engine.handle import Detokenizer, Handle
+from finial.engine.handle import Constraint, Detokenizer, Handle
 from finial.engine.kvcache import PagePool
 from finial.engine.sampling import SamplingParams, choose, greedy, log_probabilities, uniform
 from finial.engine.scheduler import Scheduler
@@ -132,6 +132,7 @@ class Engine:
         detokenizer: Detokenizer | None = None,
         sample: int = 0,
         keep_logits: bool = False,
+        constraint: Constraint | None = None,
         listener: Callable[[Handle], None] | None = None,
     ) -> Handle:
         """Queue one sequence; returns at once.
@@ -141,6 +142,7 @@ class Engine:
             detokenizer: a fresh one, for this sequence alone; None: its pieces have no text.
             sample: stream of random numbers under the same seed, 0 … params.n - 1; params.n itself is not looked at.
             keep_logits: keep the logits of every prompt position (Handle.prompt_logits).
+            constraint: which tokens may come, for this sequence alone.
             listener: see Handle.
         Raises:
             RequestError: an id outside the vocabulary, an empty prompt, more positions than context or cache have,
@@ -168,6 +170,7 @@ class Engine:
             keep_logits=keep_logits,
             submitted=time.perf_counter(),
             listener=listener,
+            constraint=constraint,
         )
         if max_new == 0 and not all_logits:
             handle.end("length")
@@ -342,10 +345,12 @@ class Engine:
             token = greedy(row)
         else:
             draw = uniform(handle.seed, handle.sample, len(sequence.tokens)) if params.temperature else 0.0
-            token = choose(row, params, draw, handle.history)
+            allowed = None if handle.constraint is None else handle.constraint.allowed()
+            token = choose(row, params, draw, handle.history, allowed)
         now = time.perf_counter()
         logprobs = None if params.logprobs is None else log_probabilities(row, token, params.logprobs)
-        if handle.emit(token, logprobs, now):
+        complete = handle.constraint is not None and handle.constraint.advance(token)
+        if handle.emit(token, logprobs, now, complete):
             self._remove(handle)
             return
         if handle.history is not None:
@@ -391,4 +396,6 @@ class Engine:
                     handle.history = type(handle.history)(sequence.tokens[:prompt])
                     for token in handle.tokens:
                         handle.history.add(token)
+                if handle.constraint is not None:
+                    handle.constraint.restart(handle.tokens)
             self._scheduler.restart(self._handles)

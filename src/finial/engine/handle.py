@@ -30,6 +30,19 @@ class Detokenizer(Protocol):
         """What was held back."""
 
 
+class Constraint(Protocol):
+    """What one sequence may say; used by the thread that drives the engine."""
+
+    def allowed(self) -> NDArray[np.bool_] | None:
+        """Which tokens may come next, bool [V]; None: all."""
+
+    def advance(self, token: int) -> bool:
+        """The next token is this one; True when the text is complete with it."""
+
+    def restart(self, tokens: Sequence[int]) -> None:
+        """Begin anew, with these tokens said."""
+
+
 class Piece(NamedTuple):
     """One token of a sequence, or its end.
 
@@ -105,10 +118,12 @@ class Handle:
         prompt_logprobs: for the prompt's tokens 1, 2, … (the first has no prediction), when asked for.
         prompt_logits: float32 arrays [rows, V] in order of position, when asked for.
         error: what made it fail; finish_reason is "error".
+        constraint: what it may say; None: anything.
         listener: called with the handle after each piece, in the thread that drives the engine; it must not wait.
     """
 
     __slots__ = (
+        "constraint",
         "detokenizer",
         "error",
         "finish_reason",
@@ -141,10 +156,12 @@ class Handle:
         keep_logits: bool,
         submitted: float,
         listener: Callable[[Handle], None] | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         self.sequence = sequence
         self.params = params
-        self.plain_greedy = params.plain_greedy
+        self.constraint = constraint
+        self.plain_greedy = params.plain_greedy and constraint is None
         self.seed = seed
         self.sample = sample
         self.stop_ids = stop_ids
@@ -171,8 +188,12 @@ class Handle:
         """All text so far."""
         return "".join([piece.text for piece in self.pieces])
 
-    def emit(self, token: int, logprobs: TokenLogprobs | None, now: float) -> bool:
-        """Take one generated token, known on the host at `now`; True when the sequence ended with it."""
+    def emit(self, token: int, logprobs: TokenLogprobs | None, now: float, complete: bool = False) -> bool:
+        """Take one generated token, known on the host at `now`; True when the sequence ended with it.
+
+        Args:
+            complete: nothing may follow this token.
+        """
         reason = None
         count = len(self.tokens) + 1
         if token in self.stop_ids:
@@ -184,6 +205,8 @@ class Handle:
                 if met:
                     self.detokenizer = None  # what it holds lies behind the stop string
                     reason = "stop"
+        if reason is None and complete:
+            reason = "stop"
         if reason is None and count >= self.sequence.max_new:
             reason = "length"
         if reason is not None:

@@ -6,7 +6,8 @@ Knows nothing of models, batches, text or the cache; a token depends on its own 
     token = choose(logits, params, uniform(seed=7, sample=0, position=12))
 
 Order, each step on the result of the one before (transformers' order):
-repetition penalty, frequency and presence penalties, logit bias, temperature, top-k, top-p, min-p, draw.
+repetition penalty, frequency and presence penalties, logit bias, removal of tokens that are not allowed, temperature,
+top-k, top-p, min-p, draw.
 
 - repetition penalty r: a logit l of any token of the prompt or the text so far becomes l / r when l > 0, else l * r.
   Keskar et al. 2019 (CTRL), arXiv:1909.05858, section 4.1, in the sign-aware form of transformers'
@@ -232,14 +233,23 @@ def candidates(logits: Logits, params: SamplingParams) -> tuple[NDArray[np.int64
     return ids, weights
 
 
-def choose(logits: Logits, params: SamplingParams, draw: float, history: History | None = None) -> int:
+def choose(
+    logits: Logits,
+    params: SamplingParams,
+    draw: float,
+    history: History | None = None,
+    allowed: NDArray[np.bool_] | None = None,
+) -> int:
     """The token for one row of logits [V].
 
     Args:
         draw: in [0, 1), see `uniform`; not used when temperature is 0.
         history: needed when params.penalised.
+        allowed: bool [V], the tokens there are; None: all.
     """
     logits = adjusted(logits, params, history)
+    if allowed is not None:
+        logits = _only(logits, allowed)
     if params.temperature == 0.0:
         return greedy(logits)
     ids, weights = candidates(logits, params)
@@ -272,6 +282,13 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     shifted -= shifted.max(axis=-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return shifted
+
+
+def _only(logits: Logits, allowed: NDArray[np.bool_]) -> Logits:
+    """The logits with minus infinity for what is not allowed."""
+    if not math.isfinite(logits.max()):  # before what is not finite might be hidden
+        raise _not_finite(logits)
+    return np.where(allowed, logits, np.float32(-np.inf))
 
 
 def _largest(values: NDArray[Any], count: int) -> NDArray[np.int64]:

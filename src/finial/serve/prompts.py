@@ -18,16 +18,24 @@ from typing import Any
 from finial.engine.sampling import SamplingParams
 from finial.errors import RequestError
 from finial.llm import LLM
-from finial.serve.parse import THINK, OutputParser, ToolStyle, tool_style
+from finial.serve.constraint import Grammars, Guide, calls, json_schema, lark, regex
+from finial.serve.parse import CALL, THINK, THINK_END, OutputParser, ToolStyle, tool_style
 from finial.serve.wire import (
     MAX_INPUTS,
     MAX_PROMPTS,
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
+    GrammarFormat,
     InvalidRequest,
+    JsonObjectFormat,
+    JsonSchemaFormat,
     Message,
+    NamedTool,
+    PlainFormat,
+    RegexFormat,
     Sampled,
+    Tool,
     texts,
 )
 
@@ -46,6 +54,7 @@ class Prepared:
         continues: the answer goes on where the prompt ends, inside a text.
         parser: makes the parser of one answer; None: text is text.
         calls: how many tools may be called; None: any number.
+        guide: the form of each answer, to be copied; None: free.
     """
 
     prompts: list[list[int]]
@@ -53,6 +62,7 @@ class Prepared:
     continues: bool
     parser: Callable[[], OutputParser] | None = None
     calls: int | None = None
+    guide: Guide | None = None
 
 
 class Preparer:
@@ -70,6 +80,8 @@ class Preparer:
         sources = "" if self._template is None else "\n".join(self._template.sources.values())
         self.tools: ToolStyle | None = tool_style(sources)
         self.reasoning = THINK in sources
+        ends = (*llm.info.generation.eos_ids, *(text.eos_ids if text is not None else ()))
+        self._grammars = None if text is None else Grammars(text, llm.info.config.vocab_size, ends)
         self.room = min(llm.info.max_context, llm.info.cache_tokens)  # positions of one sequence
 
     def chat(self, request: ChatRequest) -> Prepared:
@@ -99,8 +111,9 @@ class Preparer:
             def parser() -> OutputParser:
                 return OutputParser(reasoning=self.reasoning, thinking=thinking, tools=style)
 
-        calls = 1 if request.parallel_tool_calls is False else None
-        return Prepared([ids], [params], continues=False, parser=parser, calls=calls)
+        limit_calls = 1 if request.parallel_tool_calls is False else None
+        guide = self._form(request, prompt.rstrip().endswith(THINK))
+        return Prepared([ids], [params], continues=False, parser=parser, calls=limit_calls, guide=guide)
 
     def completion(self, request: CompletionRequest) -> Prepared:
         """One prompt or many; raises as `chat`."""
@@ -114,7 +127,7 @@ class Preparer:
                 if request.echo:
                     one = replace(one, prompt_logprobs=request.logprobs)
             params.append(one)
-        return Prepared(prompts, params, continues=True)
+        return Prepared(prompts, params, continues=True, guide=self._form(request, False))
 
     def embedding(self, request: EmbeddingRequest) -> list[list[int]]:
         """Token ids of each input; raises as `chat`."""
@@ -122,6 +135,75 @@ class Preparer:
         for ids in prompts:
             self._room(len(ids) - 1, "input")
         return prompts
+
+    def _form(self, request: ChatRequest | CompletionRequest, thinking: bool) -> Guide | None:
+        """The form that the answer must have.  When the prompt has opened the reasoning, it begins behind that."""
+        after = THINK_END if thinking else None
+        form = request.response_format
+        tools = request.tools if isinstance(request, ChatRequest) and request.tool_choice != "none" else None
+        grammar = None
+        match form:
+            case None | PlainFormat():
+                pass
+            case JsonObjectFormat():
+                grammar = json_schema({"type": "object"})
+            case JsonSchemaFormat():
+                grammar = json_schema(form.json_schema.schema)
+            case RegexFormat():
+                grammar = regex(form.regex)
+            case GrammarFormat():
+                grammar = lark(form.grammar)
+        if tools and isinstance(request, ChatRequest):
+            guide = self._called(request, tools, grammar is not None, after)
+            if guide is not None:
+                return guide
+        if grammar is None:
+            return None
+        return self._compile(grammar, "response_format", after=after)
+
+    def _called(self, request: ChatRequest, tools: list[Tool], formed: bool, after: str | None) -> Guide | None:
+        """The form of calls: when there must be some, or when there are some of a strict function."""
+        assert self.tools is not None
+        choice, many = request.tool_choice, request.parallel_tool_calls is not False
+        named = choice.function.name if isinstance(choice, NamedTool) else None
+        must = named is not None or choice == "required"
+        strict = any(tool.function.strict for tool in tools)
+        if formed and (must or strict):
+            raise InvalidRequest(
+                "response_format beside calls that have a form", "leave one out", param="response_format"
+            )
+        functions = [
+            (tool.function.name, tool.function.parameters or {"type": "object"})
+            for tool in tools
+            if named in (None, tool.function.name)
+        ]
+        if must:
+            grammar = calls(functions, self.tools, many=many and named is None, opened=False)
+            return self._compile(grammar, "tools", after=after)
+        if not strict:
+            return None
+        if self.tools != "tagged":
+            raise InvalidRequest(
+                "tools: strict is not supported with tool_choice auto for this model's way of calling",
+                "leave strict out, or use tool_choice required",
+                param="tools",
+            )
+        grammar = calls(functions, self.tools, many=False, opened=True)
+        return self._compile(grammar, "tools", after=CALL, again=True)
+
+    def _compile(self, grammar: str, param: str, *, after: str | None, again: bool = False) -> Guide:
+        if self._grammars is None:
+            raise InvalidRequest("the model has no tokenizer, so its answers have no form", param=param)
+        try:
+            return self._grammars.guide(grammar, after=after, again=again)
+        except InvalidRequest as error:
+            error.param = param
+            raise
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._grammars is not None:
+            self._grammars.close()
 
     def _encode(self, text: str | list[int], param: str) -> list[int]:
         ids = self._llm.tokenizer.encode(text) if isinstance(text, str) else text
@@ -190,8 +272,6 @@ class Preparer:
             raise InvalidRequest(
                 f"tools: the chat template of {self._llm.info.model} knows none", "leave them out", param="tools"
             )
-        if request.tool_choice not in (None, "auto"):
-            raise InvalidRequest("tool_choice is not supported but for none and auto", "use auto", param="tool_choice")
         listed = []
         for tool in request.tools:
             function: dict[str, Any] = {"name": tool.function.name}

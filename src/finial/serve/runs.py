@@ -82,7 +82,17 @@ class Run:
                 own = params
                 if sample and not self._stream:  # a stream's first chunks each begin with their own
                     own = replace(params, prompt_logprobs=None)
-                self.handles.append(thread.submit(ids, own, watch=self._watch, detokenizer=detokenizer, sample=sample))
+                guide = self.prepared.guide
+                self.handles.append(
+                    thread.submit(
+                        ids,
+                        own,
+                        watch=self._watch,
+                        detokenizer=detokenizer,
+                        sample=sample,
+                        constraint=None if guide is None else guide.copy(),
+                    )
+                )
 
     def cancel(self) -> None:
         """End it; the pages of what was unfinished are back after the step that is running now."""

@@ -86,6 +86,7 @@ class Service:
             run.cancel()
         await asyncio.get_running_loop().run_in_executor(None, self.thread.close)
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self.preparer.close()
 
     def models(self) -> ModelList:
         """The one model there is."""
