@@ -72,14 +72,18 @@ class Executable:
         Raises:
             BackendError: a step that points outside the vocabulary or the cache.
         """
+        return self.outputs(step)[0]
+
+    def outputs(self, step: Step) -> list[np.ndarray]:
+        """As `run`, with all of the graph's outputs in their order."""
         assert self._states or not self._programs, "reserve() comes before run()"
         feeds = step.feeds()
         if len(self._programs) == 1:
-            return self._programs[0].run(feeds, self._states[0])[0]
+            return self._programs[0].run(feeds, self._states[0])
         for segment, program, state in zip(self.segments, self._programs, self._states, strict=True):
             inputs = {value.name: feeds[value.name] for value in segment.graph.of_kind("input")}
             feeds.update(zip(segment.carries, program.run(inputs, state), strict=True))
-        return feeds[self.graph.outputs[0]]
+        return [feeds[name] for name in self.graph.outputs]
 
     def profile(self, on: bool) -> None:
         """From now on note what each instruction of a step takes, from zero; or stop noting.

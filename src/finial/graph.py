@@ -366,10 +366,11 @@ class Step:
     pages: np.ndarray  # [B, P] page ids, -1 where a sequence has fewer
     slots: np.ndarray  # [T]
     wanted: np.ndarray  # [R] rows whose logits are returned
+    pooled: np.ndarray | None = None  # [E] rows whose hidden states are returned; for graphs that have them
 
     def feeds(self) -> dict[str, np.ndarray]:
         """The arrays by the graph's input names."""
-        return dict(self.__dict__)
+        return {name: array for name, array in self.__dict__.items() if array is not None}
 
 
 STEP_INPUTS: Mapping[str, Shape] = MappingProxyType(

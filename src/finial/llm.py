@@ -9,6 +9,7 @@ Puts checkpoint, graph, backend and engine together and sizes the cache; each of
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +19,13 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finial.backends import Timing
 from finial.config import ModelConfig
 from finial.cost import kv_bytes_per_token
 from finial.engine.generate import Engine
-from finial.engine.handle import Handle
+from finial.engine.handle import Handle, Pooling
 from finial.engine.results import AsyncStream, Completion, Score, Stream
 from finial.engine.sampling import SamplingParams
 from finial.errors import ModelError, RequestError
@@ -90,6 +92,7 @@ class LLM:
         max_batch: sequences computed side by side.
         max_step_tokens: rows of one step; longer prompts are split.
         page_size: positions of one cache page.
+        hidden: give out hidden states too, for `embed`.
 
     Sampling options of all methods below are those of `SamplingParams`; greedy unless `temperature` is given.
 
@@ -112,12 +115,13 @@ class LLM:
         max_batch: int = 8,
         max_step_tokens: int = 512,
         page_size: int = 32,
+        hidden: bool = False,
     ) -> None:
         started = time.perf_counter()
         path = resolve(os.fspath(model))
         checkpoint = open_checkpoint(path)
         config = checkpoint.config
-        graph = build_graph(config, kv_format)
+        graph = build_graph(config, kv_format, hidden=hidden)
         weights = _weights(checkpoint, format)
         weight_bytes = sum(tensor.nbytes for tensor in weights.values())
         token_bytes = kv_bytes_per_token(graph)
@@ -146,6 +150,7 @@ class LLM:
             cache=cache,
             prefix_reuse=prefix_reuse,
             eos_ids=ends,
+            hidden=hidden,
         )
         self.info = Info(
             model=str(model),
@@ -311,6 +316,23 @@ class LLM:
             raise handle.error
         return Score(ids, np.concatenate(handle.prompt_logits))
 
+    def embed(self, texts: Prompt | Sequence[Prompt], pooling: Pooling = "last") -> NDArray[np.float32]:
+        """Vectors of length 1, float32 [texts, hidden_size], from what the model's head would read.
+
+        Args:
+            texts: a text or token ids, or a list of such.
+            pooling: "last": the state of the last token, which has seen all others; "mean": the mean over all tokens.
+        Raises:
+            RequestError: a model opened without hidden=True; otherwise as `generate`.
+        """
+        prompts: Any = [texts] if isinstance(texts, str) or _is_ids(texts) else texts
+        handles: list[Handle] = []
+        with self._cancelling([handles]):
+            for prompt in prompts:
+                handles.append(self._engine.embed(self._encode(prompt), pooling))
+            self._engine.finish(handles)
+        return np.stack([normalised(handle) for handle in handles]) if handles else np.empty((0, 0), np.float32)
+
     # --- the end ----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -441,6 +463,20 @@ def size_cache(
     if quarter is None:
         return context, pages * max_batch
     return context, max(pages, min(pages * max_batch, quarter // page_size))
+
+
+def normalised(handle: Handle) -> NDArray[np.float32]:
+    """The embedding of a finished sequence, of length 1; raises the error of one that failed."""
+    if handle.error is not None:
+        raise handle.error
+    vector = handle.embedding
+    assert vector is not None, "an embedding of an unfinished sequence"
+    length = float(np.linalg.norm(vector))
+    if not math.isfinite(length) or length == 0.0:
+        raise ModelError(
+            f"the model's hidden state has the length {length}", fix="the weights are damaged: fetch the model again"
+        )
+    return (vector / length).astype(np.float32)
 
 
 def _weights(checkpoint: Checkpoint, format: str | None) -> dict[str, Tensor]:

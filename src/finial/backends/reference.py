@@ -35,7 +35,7 @@ def linear(x: Rows, weight: Rows, bias: Rows | None = None) -> Rows:
 
 def rms_norm(x: Rows, weight: Rows, eps: float) -> Rows:
     """Each group of len(weight) values divided by its root mean square (Zhang & Sennrich 2019, eq. 4)."""
-    groups = x.reshape(len(x), -1, len(weight))
+    groups = x.reshape(len(x), x.shape[1] // len(weight), len(weight))  # no -1: there may be no rows
     mean_square: Rows = np.mean(groups * groups, axis=-1, keepdims=True, dtype=F32)
     root: Rows = np.sqrt(mean_square + F32(eps))
     out: Rows = groups / root * weight

@@ -20,9 +20,14 @@ from finial.graph import Step
 
 
 class StepBuilder:
-    """Builds the steps of one engine, in order."""
+    """Builds the steps of one engine, in order.
 
-    def __init__(self, page_size: int) -> None:
+    Args:
+        pooled: its graph has hidden states, so steps say of which rows they are wanted.
+    """
+
+    def __init__(self, page_size: int, pooled: bool = False) -> None:
+        self._pooled = pooled
         self._page_size = page_size
         self._step: Step | None = None
         self._tables: list[array[int]] = []  # the page lists behind the rows of _step.pages; empty: not reusable
@@ -72,8 +77,10 @@ class StepBuilder:
         lengths = np.empty(len(plan), np.int32)
         pages = np.full((len(plan), width), -1, np.int32)
         wanted: list[int] = []
+        pooled: list[int] = []
         row = 0
-        for i, (sequence, start, stop, first) in enumerate(plan):
+        for i, chunk in enumerate(plan):
+            sequence, start, stop, first = chunk
             end = row + stop - start
             pages[i, : len(sequence.pages)] = sequence.pages
             tokens[row:end] = sequence.tokens[start:stop]
@@ -83,8 +90,11 @@ class StepBuilder:
             starts[i + 1] = end
             lengths[i] = stop
             wanted.extend(range(row + first - start, end))
+            if chunk.sequence.pool_from is not None:
+                pooled.extend(range(row + max(0, chunk.sequence.pool_from - start), end))
             row = end
-        step = Step(tokens, positions, starts, lengths, pages, slots, np.asarray(wanted, np.int32))
+        rows_pooled = np.asarray(pooled, np.int32) if self._pooled else None
+        step = Step(tokens, positions, starts, lengths, pages, slots, np.asarray(wanted, np.int32), rows_pooled)
         self._step = None
         self._tables = []
         if rows == len(plan) == len(wanted):

@@ -26,10 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finial.engine.batch import StepBuilder
-from finial.engine.handle import Constraint, Detokenizer, Handle
+from finial.engine.handle import Constraint, Detokenizer, Handle, Pooling
 from finial.engine.kvcache import PagePool
 from finial.engine.sampling import SamplingParams, choose, greedy, log_probabilities, uniform
-from finial.engine.scheduler import Scheduler
+from finial.engine.scheduler import Chunk, Scheduler
 from finial.engine.scheduler import Sequence as Scheduled
 from finial.errors import RequestError
 from finial.graph import Step
@@ -47,6 +47,9 @@ class Executable(Protocol):
     def run(self, step: Step) -> NDArray[np.float32]:
         """Logits [R, vocab] of the wanted rows.  The step's arrays change after the call."""
 
+    def outputs(self, step: Step) -> list[NDArray[np.float32]]:
+        """Logits, and the hidden states [E, hidden_size] of the pooled rows."""
+
 
 class Engine:
     """Generation over one executable.
@@ -60,6 +63,7 @@ class Engine:
         cache: False recomputes every sequence from its first token for each new one.
         prefix_reuse: sequences share the full pages of a common beginning, also with those already finished.
         eos_ids: token ids that end a text unless `ignore_eos`.
+        hidden: the executable has hidden states, so `embed` works.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Engine:
         cache: bool = True,
         prefix_reuse: bool = True,
         eos_ids: Iterable[int] = (),
+        hidden: bool = False,
     ) -> None:
         for name, value in (
             ("pages", pages),
@@ -102,7 +107,8 @@ class Engine:
             max_logit_rows=max(1, LOGIT_BYTES // (4 * vocab_size)),
             cache=cache,
         )
-        self._builder = StepBuilder(page_size)
+        self._hidden = hidden
+        self._builder = StepBuilder(page_size, pooled=hidden)
         self._eos_ids = frozenset(eos_ids)
         self._handles: dict[Scheduled, Handle] = {}  # those not finished, in order of submission
         self._inbox: deque[Scheduled] = deque()
@@ -175,11 +181,46 @@ class Engine:
         if max_new == 0 and not all_logits:
             handle.end("length")
             return handle
+        return self._queue(handle)
+
+    def embed(
+        self, tokens: Sequence[int], pooling: Pooling, *, listener: Callable[[Handle], None] | None = None
+    ) -> Handle:
+        """Queue one sequence whose hidden state is wanted (Handle.embedding); returns at once.
+
+        Args:
+            pooling: "last": of the last token; "mean": the mean over all of them.
+        Raises:
+            RequestError: as `submit`; an engine without hidden states.
+        """
+        if not self._hidden:
+            raise RequestError(
+                "hidden states were not asked for when the model was opened", fix="open it with hidden=True"
+            )
+        ids = self._checked(tokens)
+        self._scheduler.check_length(len(ids), 0)
+        sequence = Scheduled(ids, 0, pool_from=len(ids) - 1 if pooling == "last" else 0)
+        return self._queue(
+            Handle(
+                sequence,
+                SamplingParams(max_tokens=0),
+                seed=0,
+                sample=0,
+                stop_ids=frozenset(),
+                detokenizer=None,
+                keep_logits=False,
+                submitted=time.perf_counter(),
+                listener=listener,
+                pooling=pooling,
+            )
+        )
+
+    def _queue(self, handle: Handle) -> Handle:
         with self._turn:
             if self._closed:
                 raise RequestError("the engine is closed", fix="open the model again")
-            self._handles[sequence] = handle
-            self._inbox.append(sequence)
+            self._handles[handle.sequence] = handle
+            self._inbox.append(handle.sequence)
         return handle
 
     def cancel(self, handle: Handle) -> None:
@@ -310,7 +351,11 @@ class Engine:
             return False
         self.steps += 1
         try:
-            logits = self._executable.run(self._builder.build(plan))
+            step = self._builder.build(plan)
+            if step.pooled is not None and len(step.pooled):
+                logits, hidden = self._executable.outputs(step)
+            else:
+                logits, hidden = self._executable.run(step), None
         except Exception as error:
             for chunk in plan:
                 self._fail(chunk.sequence, error)
@@ -326,7 +371,23 @@ class Engine:
                 except Exception as error:
                     self._fail(sequence, error)
         assert row == len(logits), (row, logits.shape)
+        if hidden is not None:
+            self._pool_rows(plan, hidden)
         return True
+
+    def _pool_rows(self, plan: list[Chunk], hidden: NDArray[np.float32]) -> None:
+        row = 0
+        for sequence, start, stop, _ in plan:
+            if sequence.pool_from is None or stop <= sequence.pool_from:
+                continue
+            rows = hidden[row : row + stop - max(start, sequence.pool_from)]
+            row += len(rows)
+            handle, last = self._handles[sequence], stop == sequence.prompt_length
+            handle.pool(rows, start <= sequence.pool_from, last)
+            if last:
+                handle.end("length")
+                self._remove(handle)
+        assert row == len(hidden), (row, hidden.shape)
 
     def _consume(self, sequence: Scheduled, logits: NDArray[np.float32], first: int) -> None:
         """Logits [rows, V] of positions first, first + 1, …: prompt log-probabilities, then the next token."""

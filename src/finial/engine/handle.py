@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from finial.engine.sampling import History, SamplingParams, TokenLogprobs
 from finial.engine.scheduler import Sequence as Scheduled
 
+Pooling = Literal["last", "mean"]
 FINISH_REASONS = ("stop", "length", "cancel", "error")
 
 
@@ -118,6 +119,7 @@ class Handle:
         prompt_logprobs: for the prompt's tokens 1, 2, … (the first has no prediction), when asked for.
         prompt_logits: float32 arrays [rows, V] in order of position, when asked for.
         error: what made it fail; finish_reason is "error".
+        embedding: float64 [hidden_size], when it was asked for by `pooling`: of the last position, or the mean of all.
         constraint: what it may say; None: anything.
         listener: called with the handle after each piece, in the thread that drives the engine; it must not wait.
     """
@@ -125,6 +127,7 @@ class Handle:
     __slots__ = (
         "constraint",
         "detokenizer",
+        "embedding",
         "error",
         "finish_reason",
         "history",
@@ -133,6 +136,7 @@ class Handle:
         "params",
         "pieces",
         "plain_greedy",
+        "pooling",
         "prompt_logits",
         "prompt_logprobs",
         "sample",
@@ -157,10 +161,13 @@ class Handle:
         submitted: float,
         listener: Callable[[Handle], None] | None = None,
         constraint: Constraint | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
         self.sequence = sequence
         self.params = params
         self.constraint = constraint
+        self.pooling = pooling
+        self.embedding: NDArray[np.float64] | None = None
         self.plain_greedy = params.plain_greedy and constraint is None
         self.seed = seed
         self.sample = sample
@@ -225,6 +232,22 @@ class Handle:
         if self.listener is not None:
             self.listener(self)
         return reason is not None
+
+    def pool(self, rows: NDArray[np.float32], first: bool, last: bool) -> None:
+        """Hidden states [rows, hidden_size] of the positions that follow those seen.
+
+        Args:
+            first: these are the first ones, perhaps once more.
+            last: no more will come.
+        """
+        if self.pooling == "last":
+            self.embedding = rows[-1].astype(np.float64)
+            return
+        total = rows.sum(axis=0, dtype=np.float64)
+        if not first:
+            assert self.embedding is not None
+            total += self.embedding
+        self.embedding = total / self.sequence.prompt_length if last else total
 
     def end(self, reason: str, error: BaseException | None = None) -> None:
         """The end without a token.  A second end changes nothing."""

@@ -32,6 +32,7 @@ class Sequence:
         tokens: prompt and what was generated; the only copy.
         computed: how many positions, from 0, have their keys and values in the cache.
         wanted_from: the first position whose logits nobody has had yet.
+        pool_from: the first position whose hidden state is wanted, and no logits at all; None: none is.
         pages: page numbers, in order of position; only ever appended to, a new object after the pages were given back.
     """
 
@@ -41,6 +42,7 @@ class Sequence:
         "computed",
         "max_new",
         "pages",
+        "pool_from",
         "preempted",
         "prompt_length",
         "registered",
@@ -49,12 +51,17 @@ class Sequence:
         "wanted_from",
     )
 
-    def __init__(self, tokens: list[int], max_new: int, *, all_logits: bool = False) -> None:
+    def __init__(
+        self, tokens: list[int], max_new: int, *, all_logits: bool = False, pool_from: int | None = None
+    ) -> None:
         self.tokens = tokens
         self.prompt_length = len(tokens)
         self.max_new = max_new
         self.all_logits = all_logits
+        self.pool_from = pool_from
         self.wanted_from = 0 if all_logits else len(tokens) - 1
+        if pool_from is not None:
+            self.wanted_from = len(tokens)
         self.computed = 0
         self.pages = array("i")
         self.registered = 0  # how many of its pages were offered to the prefix cache
@@ -241,6 +248,8 @@ class Scheduler:
         if state == self._blocked:
             return None
         limit = min(len(sequence.tokens) - 1, sequence.wanted_from) if self.cache else 0
+        if sequence.pool_from is not None:
+            limit = min(limit, sequence.pool_from)
         pages, chain = self.pool.match(sequence.tokens, limit)
         positions = min(len(sequence.tokens) + 1, sequence.prompt_length + max(sequence.max_new - 1, 0))
         need = self.pool.pages_for(max(positions, len(sequence.tokens))) - len(pages) + self.pool.idle_among(pages)

@@ -28,11 +28,13 @@ def kv_dtypes(config: ModelConfig) -> tuple[str, ...]:
     return tuple(dtype for dtype in KV_DTYPES if config.head_dim % get_format(dtype).block == 0)
 
 
-def build_graph(config: ModelConfig, kv_dtype: str = "bf16") -> Graph:
+def build_graph(config: ModelConfig, kv_dtype: str = "bf16", *, hidden: bool = False) -> Graph:
     """One step of the model: inputs of `Step`, output `logits` f32 [R, vocab_size].
 
     Args:
         kv_dtype: what keys and values are rounded to when cached, "bf16", "f32" or "q8_0".
+        hidden: a further input `pooled`, and for its rows a second output `hidden` f32 [E, hidden_size]: what the head
+            would read.
     Raises:
         ModelError: another kv_dtype, or one that does not fit head_dim.
     """
@@ -66,8 +68,8 @@ def build_graph(config: ModelConfig, kv_dtype: str = "bf16") -> Graph:
     residual = graph.apply("embed", step["tokens"], weight(names.EMBEDDING))
     for index in range(config.num_layers):
         prefix = f"model.layers.{index}"
-        hidden = norm(residual, f"{prefix}.input_layernorm")
-        queries, keys, values = (linear(hidden, f"{prefix}.self_attn.{part}_proj") for part in "qkv")
+        rows = norm(residual, f"{prefix}.input_layernorm")
+        queries, keys, values = (linear(rows, f"{prefix}.self_attn.{part}_proj") for part in "qkv")
         if config.head_norm:
             queries = norm(queries, f"{prefix}.self_attn.q_norm")
             keys = norm(keys, f"{prefix}.self_attn.k_norm")
@@ -85,14 +87,16 @@ def build_graph(config: ModelConfig, kv_dtype: str = "bf16") -> Graph:
             window=config.windows[index],
         )
         residual = graph.apply("add", residual, linear(context, f"{prefix}.self_attn.o_proj"))
-        hidden = norm(residual, f"{prefix}.post_attention_layernorm")
-        gated = graph.apply(
-            "silu_mul", linear(hidden, f"{prefix}.mlp.gate_proj"), linear(hidden, f"{prefix}.mlp.up_proj")
-        )
+        rows = norm(residual, f"{prefix}.post_attention_layernorm")
+        gated = graph.apply("silu_mul", linear(rows, f"{prefix}.mlp.gate_proj"), linear(rows, f"{prefix}.mlp.up_proj"))
         residual = graph.apply("add", residual, linear(gated, f"{prefix}.mlp.down_proj"))
     wanted = graph.apply("select_rows", residual, step["wanted"])
     head = weight(names.EMBEDDING if config.tie_embeddings else names.HEAD)
     graph.output(graph.apply("linear", norm(wanted, "model.norm"), head, name="logits"))
+    if hidden:
+        pooled = graph.apply("select_rows", residual, graph.input("pooled", ("E",), "i32"))
+        final = weight("model.norm.weight")
+        graph.output(graph.apply("rms_norm", pooled, final, eps=config.rms_norm_eps, name="hidden"))
     return graph
 
 
