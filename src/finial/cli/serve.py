@@ -98,6 +98,7 @@ def serve(
             max_context=max_context,
             kv_format=kv_format,
             max_batch=max_batch,
+            hidden=True,
         ),
         console.note,
     )

@@ -126,6 +126,26 @@ class Engine:
         return self._pool.held
 
     @property
+    def pages(self) -> int:
+        """Pages of the cache."""
+        return self._pool.pages
+
+    @property
+    def pages_cached(self) -> int:
+        """Pages kept only for reuse."""
+        return self._pool.idle
+
+    @property
+    def running(self) -> int:
+        """Sequences that are computed."""
+        return len(self._scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences in the queue."""
+        return max(0, len(self._handles) - len(self._scheduler.running))
+
+    @property
     def unfinished(self) -> int:
         """Sequences that are computed or wait."""
         return len(self._handles)

@@ -69,6 +69,7 @@ class Timings:
     first_token: float | None = None
     last_token: float | None = None
     tokens: int = 0
+    gap_s: float | None = None  # between the last token and the one before it
 
     @property
     def ttft_s(self) -> float | None:
@@ -223,6 +224,8 @@ class Handle:
                 reason = "stop"
         timings = self.timings
         timings.tokens = count
+        if timings.last_token is not None:
+            timings.gap_s = now - timings.last_token
         timings.last_token = now
         if count == 1:
             timings.first_token = now

@@ -66,6 +66,11 @@ class PagePool:
         """How many pages somebody holds."""
         return self.pages - self.available
 
+    @property
+    def idle(self) -> int:
+        """How many pages are kept for reuse alone."""
+        return len(self._idle)
+
     def pages_for(self, positions: int) -> int:
         """How many pages hold that many positions."""
         return -(-positions // self.page_size)

@@ -21,6 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finial.errors import FinialError, RequestError
 from finial.serve.engine_thread import EngineStopped
+from finial.serve.metrics import Meter, exposition
+from finial.serve.openapi import document
 from finial.serve.replies import Chunk, ErrorBody, ErrorReply, Health
 from finial.serve.runs import Run
 from finial.serve.service import Service
@@ -29,6 +31,7 @@ from finial.serve.wire import (
     BusyError,
     ChatRequest,
     CompletionRequest,
+    EmbeddingRequest,
     InvalidRequest,
     UnavailableError,
     decode,
@@ -46,6 +49,7 @@ class Gate:
     """Whether there is a service, and whether it takes requests."""
 
     def __init__(self) -> None:
+        self.meter = Meter()
         self.service: Service | None = None
         self.draining = False
 
@@ -103,18 +107,15 @@ async def read_body(scope: Scope, receive: Receive, limit: int = MAX_BODY, secon
         raise BodyError(408, f"the body took more than {seconds:g} s") from None
 
 
-class Generation:
-    """An ASGI endpoint: one request for text, answered whole or as a stream; ends when its client does."""
+Answer = Callable[[Service, bytes, "Sending", dict[str, Any]], Awaitable[None]]
 
-    def __init__(
-        self,
-        gate: Gate,
-        kind: type[ChatRequest] | type[CompletionRequest],
-        begin: Callable[[Service, Any, str], Awaitable[Run]],
-    ) -> None:
+
+class Endpoint:
+    """An ASGI endpoint: reads a body and has it answered; ends when its client does."""
+
+    def __init__(self, gate: Gate, answer: Answer) -> None:
         self._gate = gate
-        self._kind = kind
-        self._begin = begin
+        self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or give up as soon as the client has gone."""
@@ -124,7 +125,7 @@ class Generation:
         except BodyError as error:
             await sending.fail(error)
             return
-        answer = asyncio.create_task(self._answer(scope, body, sending))
+        answer = asyncio.create_task(self._try(body, sending, scope.setdefault("state", {})))
         gone = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -132,27 +133,41 @@ class Generation:
             for task in (answer, gone):
                 task.cancel()
             await asyncio.gather(answer, gone, return_exceptions=True)
-        if not answer.cancelled():
-            error_ = answer.exception()
-            if error_ is not None:
-                raise error_
+        if not answer.cancelled() and (mistake := answer.exception()) is not None:
+            raise mistake
 
-    async def _answer(self, scope: Scope, body: bytes, sending: Sending) -> None:
+    async def _try(self, body: bytes, sending: Sending, state: dict[str, Any]) -> None:
         try:
-            service = self._gate.enter()
-            request = decode(self._kind, body)
-            async with await self._begin(service, request, scope["state"].get("client", "")) as run:
-                scope["state"]["run"] = run
-                if not request.stream:
-                    await sending.whole(200, _encoder.encode(await run.reply()))
-                    return
-                async for chunks in run.chunks():
-                    await sending.events(chunks)
-                await sending.end()
+            await self._answer(self._gate.enter(), body, sending, state)
         except Exception as error:
             await sending.fail(error)
             if status_of(error) == 500:
                 raise
+
+
+def generation(
+    kind: type[ChatRequest] | type[CompletionRequest], begin: Callable[[Service, Any, str], Awaitable[Run]]
+) -> Answer:
+    """Answers requests for text, whole or as a stream."""
+
+    async def answer(service: Service, body: bytes, sending: Sending, state: dict[str, Any]) -> None:
+        request = decode(kind, body)
+        async with await begin(service, request, state.get("client", "")) as run:
+            state["run"] = run
+            if not request.stream:
+                await sending.whole(200, _encoder.encode(await run.reply()))
+                return
+            async for chunks in run.chunks():
+                await sending.events(chunks)
+            await sending.end()
+
+    return answer
+
+
+async def embedding(service: Service, body: bytes, sending: Sending, state: dict[str, Any]) -> None:
+    """Answers requests for embeddings."""
+    reply = await service.embed(decode(EmbeddingRequest, body), state.get("client", ""))
+    await sending.whole(200, _encoder.encode(reply))
 
 
 class Sending:
@@ -269,16 +284,27 @@ def build_app(gate: Gate, more: Sequence[BaseRoute] = ()) -> ASGIApp:
     async def failed(_: Request, error: Exception) -> Response:
         return json_response(error_reply(error), status_of(error))
 
-    chat = Generation(gate, ChatRequest, lambda service, request, client: service.chat(request, client))
-    text = Generation(gate, CompletionRequest, lambda service, request, client: service.complete(request, client))
+    async def metrics(_: Request) -> Response:
+        engine = None if gate.service is None else gate.service.thread.engine
+        body, kind = await asyncio.to_thread(exposition, gate.meter, engine)
+        return Response(body, headers={"content-type": kind})
+
+    async def openapi(_: Request) -> Response:
+        return json_response(document())
+
+    chat = generation(ChatRequest, lambda service, request, client: service.chat(request, client))
+    text = generation(CompletionRequest, lambda service, request, client: service.complete(request, client))
     return Starlette(
         routes=[
-            Route("/v1/chat/completions", chat, methods=["POST"]),
-            Route("/v1/completions", text, methods=["POST"]),
+            Route("/v1/chat/completions", Endpoint(gate, chat), methods=["POST"]),
+            Route("/v1/completions", Endpoint(gate, text), methods=["POST"]),
+            Route("/v1/embeddings", Endpoint(gate, embedding), methods=["POST"]),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/health", health),
             Route("/ready", ready),
+            Route("/metrics", metrics),
+            Route("/openapi.json", openapi),
             *more,
         ],
         exception_handlers={HTTPException: failed, FinialError: failed},

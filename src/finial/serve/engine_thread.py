@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from finial.engine.generate import Engine
-from finial.engine.handle import Handle
+from finial.engine.handle import Handle, Pooling
 from finial.engine.sampling import SamplingParams
+from finial.serve.metrics import Meter
 
 
 class Watch:
@@ -40,8 +41,9 @@ class Watch:
 
     def note(self, handle: Handle) -> None:
         """The handle's listener: called in the thread that drives the engine."""
+        assert self._thread is not None
+        self._thread.meter.piece(handle)
         if self._every or handle.finish_reason is not None:
-            assert self._thread is not None
             self._thread._changed.append(self)
 
     def touch(self, changed: bool = True) -> None:
@@ -75,11 +77,13 @@ class EngineThread:
     """Drives one engine until closed.
 
     Attributes:
+        meter: counts its tokens.
         failure: what ended the thread against its will.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, meter: Meter | None = None) -> None:
         self.engine = engine
+        self.meter = meter if meter is not None else Meter()
         self.failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed: deque[Watch] = deque()
@@ -98,6 +102,13 @@ class EngineThread:
         """As `Engine.submit`, from any thread; `watch` learns of its pieces."""
         watch._thread = self
         handle = self.engine.submit(tokens, params, listener=watch.note, **how)
+        self._work.set()
+        return handle
+
+    def embed(self, tokens: Sequence[int], pooling: Pooling, *, watch: Watch, **how: Any) -> Handle:
+        """As `Engine.embed`, from any thread; `watch` learns of its end."""
+        watch._thread = self
+        handle = self.engine.embed(tokens, pooling, listener=watch.note, **how)
         self._work.set()
         return handle
 

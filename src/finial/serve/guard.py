@@ -67,16 +67,23 @@ class Guard:
     Args:
         log: takes one dict per request; None: no access log.
         prompts: put the body of requests into the log too.
+        count: takes path and status of each request that a route was found for; 499 when the client left.
     """
 
     def __init__(
-        self, app: ASGIApp, access: Access, log: Callable[[dict[str, Any]], None] | None = None, prompts: bool = False
+        self,
+        app: ASGIApp,
+        access: Access,
+        log: Callable[[dict[str, Any]], None] | None = None,
+        prompts: bool = False,
+        count: Callable[[str, int], None] = lambda path, status: None,
     ) -> None:
         self._app = app
         self._access = access
         self._keys = [sha256(key.encode()).digest() for key in access.keys]
         self._log = log
         self._prompts = prompts
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -114,6 +121,8 @@ class Guard:
             else:
                 await self._app(scope, receiving if self._prompts and self._log else receive, sending)
         finally:
+            route = scope.get("route")  # paths that somebody made up would be labels without end
+            self._count(getattr(route, "path", "other"), status or 499)
             if self._log is not None:
                 self._log(_line(scope, state, status, started, b"".join(bodies) if self._prompts else None))
 

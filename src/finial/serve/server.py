@@ -184,7 +184,8 @@ async def _serve(
     settings: Settings, load: Callable[[], LLM], said: Callable[[str], None], listener: socket.socket
 ) -> None:
     gate = Gate()
-    app = Guard(build_app(gate), settings.access, stderr_log if settings.access_log else None, settings.log_prompts)
+    log = stderr_log if settings.access_log else None
+    app = Guard(build_app(gate), settings.access, log, settings.log_prompts, gate.meter.request)
     config = uvicorn.Config(
         app,
         http=_Protocol,
@@ -212,7 +213,11 @@ async def _serve(
     llm = loading.result()
     try:
         service = Service(
-            llm, name=settings.name, max_queue=settings.max_queue, template_options=settings.template_options
+            llm,
+            name=settings.name,
+            max_queue=settings.max_queue,
+            template_options=settings.template_options,
+            meter=gate.meter,
         )
         await service.start()
         gate.service = service

@@ -11,20 +11,28 @@ Knows one model, its engine thread and the bound of its queue; nothing of HTTP.
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from finial.llm import LLM
+import numpy as np
+from numpy.typing import NDArray
+
+from finial.engine.handle import Handle
+from finial.llm import LLM, normalised
 from finial.serve.engine_thread import EngineThread, Watch
+from finial.serve.metrics import Meter
 from finial.serve.prompts import TEMPLATE_OPTIONS, Prepared, Preparer
-from finial.serve.replies import Model, ModelList
+from finial.serve.replies import Embedding, EmbeddingReply, EmbeddingUsage, Model, ModelList
 from finial.serve.runs import ChatRun, Run, TextRun
 from finial.serve.wire import (
+    MAX_INPUTS,
     BusyError,
     ChatRequest,
     CompletionRequest,
+    EmbeddingRequest,
     InvalidRequest,
     UnavailableError,
     checked,
@@ -45,6 +53,7 @@ class Service:
         name: of the model, in replies; requests may name it or no model at all.
         max_queue: sequences that may wait; more are refused with BusyError.
         template_options: variables of the chat template that requests may set.
+        meter: counts tokens; None: one of its own.
     """
 
     def __init__(
@@ -54,12 +63,13 @@ class Service:
         name: str | None = None,
         max_queue: int = MAX_QUEUE,
         template_options: Iterable[str] = TEMPLATE_OPTIONS,
+        meter: Meter | None = None,
     ) -> None:
         self.llm = llm
         self.name = name if name is not None else llm.info.model
         self.created = int(time.time())
         self.draining = False
-        self.thread = EngineThread(llm.engine)
+        self.thread = EngineThread(llm.engine, meter)
         self.preparer = Preparer(llm, template_options)
         self.limit = llm.info.max_batch + max_queue
         self._preparing = 0  # sequences whose prompts are being made
@@ -110,6 +120,39 @@ class Service:
         prompts = len(texts(request.prompt, "prompt", 2**31))
         count = prompts * (request.n or 1)
         return await self._begin(TextRun, request, count, lambda: self.preparer.completion(request), client)
+
+    async def embed(self, request: EmbeddingRequest, client: str = "") -> EmbeddingReply:
+        """Vectors for texts; as `chat`, but whole: who gives up waiting cancels it."""
+        self._check_model(request.model)
+        size = self.llm.info.config.hidden_size
+        if request.dimensions not in (None, size):
+            raise InvalidRequest(f"dimensions={request.dimensions}, the model has {size}", param="dimensions")
+        count = len(texts(request.input, "input", MAX_INPUTS))
+        prompts = await self._prepare(1, lambda: self.preparer.embedding(request))
+        vectors: list[NDArray[np.float32]] = []
+        # A few at a time: a request for thousands is no reason to refuse others.
+        for at in range(0, count, self.llm.info.max_batch):
+            watch = Watch(every=False)
+            handles: list[Handle] = []
+            try:
+                for ids in prompts[at : at + self.llm.info.max_batch]:
+                    handles.append(self.thread.embed(ids, request.pooling or "last", watch=watch))
+                for handle in handles:
+                    while handle.finish_reason is None:
+                        await watch.wait()
+            finally:
+                for handle in handles:
+                    self.thread.cancel(handle)
+            if any(handle.finish_reason == "cancel" for handle in handles):
+                raise UnavailableError("the server ended before the answer did", "ask again")
+            vectors += [normalised(handle) for handle in handles]
+        plain = request.encoding_format != "base64"
+        data = [
+            Embedding(i, v.tolist() if plain else base64.b64encode(v.astype("<f4").tobytes()).decode())
+            for i, v in enumerate(vectors)
+        ]
+        tokens = sum(map(len, prompts))
+        return EmbeddingReply(data, self.name, EmbeddingUsage(tokens, tokens))
 
     async def _begin(
         self,
