@@ -89,6 +89,10 @@ class LLM:
         kv_format: what keys and values are rounded to, "bf16", "f32" or "q8_0".
         cache: False recomputes the whole sequence for each token, to see what the cache is worth.
         prefix_reuse: take the beginning of a prompt from the cache where an earlier sequence left it.
+        prefix_bytes: of the cache, at most so many are kept for that when no sequence holds them; None: all that is
+            free.
+        stall_s: by how much a step may become longer, for those who generate, through prompts of others: longer ones
+            are split further.  None: only max_step_tokens counts.
         max_batch: sequences computed side by side.
         max_step_tokens: rows of one step; longer prompts are split.
         page_size: positions of one cache page.
@@ -112,6 +116,8 @@ class LLM:
         kv_format: str = "bf16",
         cache: bool = True,
         prefix_reuse: bool = True,
+        prefix_bytes: int | None = None,
+        stall_s: float | None = None,
         max_batch: int = 8,
         max_step_tokens: int = 512,
         page_size: int = 32,
@@ -149,6 +155,8 @@ class LLM:
             max_step_tokens=max_step_tokens,
             cache=cache,
             prefix_reuse=prefix_reuse,
+            prefix_pages=None if prefix_bytes is None else prefix_bytes // (token_bytes * page_size),
+            stall_s=stall_s,
             eos_ids=ends,
             hidden=hidden,
         )

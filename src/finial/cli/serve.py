@@ -46,6 +46,21 @@ def serve(
     max_queue: Annotated[
         int, typer.Option(min=0, help="Sequences that may wait; more are answered 429.", rich_help_panel=_LIMITS)
     ] = 128,
+    max_step_tokens: Annotated[
+        int, typer.Option(min=1, help="Rows of one step; longer prompts are split.", rich_help_panel=_LIMITS)
+    ] = 512,
+    stall_ms: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Longer prompts of others may delay a token by so much, or double it.", rich_help_panel=_LIMITS
+        ),
+    ] = 50.0,
+    prefix_cache: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="MiB of cache kept for common beginnings (default: all free).", rich_help_panel=_LIMITS
+        ),
+    ] = None,
     drain: Annotated[
         float,
         typer.Option(min=0, help="Seconds that answers have after SIGTERM; a second stops.", rich_help_panel=_LIMITS),
@@ -98,6 +113,9 @@ def serve(
             max_context=max_context,
             kv_format=kv_format,
             max_batch=max_batch,
+            max_step_tokens=max(max_step_tokens, max_batch),
+            stall_s=stall_ms / 1000,
+            prefix_bytes=None if prefix_cache is None else prefix_cache << 20,
             hidden=True,
         ),
         console.note,

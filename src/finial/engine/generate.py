@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from finial.engine.batch import StepBuilder
 from finial.engine.handle import Constraint, Detokenizer, Handle, Pooling
 from finial.engine.kvcache import PagePool
+from finial.engine.pace import Pace
 from finial.engine.sampling import SamplingParams, choose, greedy, log_probabilities, uniform
 from finial.engine.scheduler import Chunk, Scheduler
 from finial.engine.scheduler import Sequence as Scheduled
@@ -62,6 +63,8 @@ class Engine:
         max_step_tokens: rows of one step; longer prompts are split.
         cache: False recomputes every sequence from its first token for each new one.
         prefix_reuse: sequences share the full pages of a common beginning, also with those already finished.
+        prefix_pages: pages at most that are kept for that when nobody holds them; None: all.
+        stall_s: by how much prompts may make the steps of those who generate longer, see `Pace`; None: by any time.
         eos_ids: token ids that end a text unless `ignore_eos`.
         hidden: the executable has hidden states, so `embed` works.
     """
@@ -78,6 +81,8 @@ class Engine:
         max_step_tokens: int = 512,
         cache: bool = True,
         prefix_reuse: bool = True,
+        prefix_pages: int | None = None,
+        stall_s: float | None = None,
         eos_ids: Iterable[int] = (),
         hidden: bool = False,
     ) -> None:
@@ -98,7 +103,7 @@ class Engine:
         self.vocab_size = vocab_size
         self.steps = 0
         self._executable = executable
-        self._pool = PagePool(pages, page_size, reuse=prefix_reuse and cache)
+        self._pool = PagePool(pages, page_size, reuse=prefix_reuse and cache, max_idle=prefix_pages)
         self._scheduler = Scheduler(
             self._pool,
             max_batch=max_batch,
@@ -107,6 +112,7 @@ class Engine:
             max_logit_rows=max(1, LOGIT_BYTES // (4 * vocab_size)),
             cache=cache,
         )
+        self._pace = None if stall_s is None else Pace(stall_s, max_step_tokens)
         self._hidden = hidden
         self._builder = StepBuilder(page_size, pooled=hidden)
         self._eos_ids = frozenset(eos_ids)
@@ -160,6 +166,7 @@ class Engine:
         keep_logits: bool = False,
         constraint: Constraint | None = None,
         listener: Callable[[Handle], None] | None = None,
+        owner: str = "",
     ) -> Handle:
         """Queue one sequence; returns at once.
 
@@ -170,6 +177,7 @@ class Engine:
             keep_logits: keep the logits of every prompt position (Handle.prompt_logits).
             constraint: which tokens may come, for this sequence alone.
             listener: see Handle.
+            owner: whose it is: owners take turns in the queue.
         Raises:
             RequestError: an id outside the vocabulary, an empty prompt, more positions than context or cache have,
                 stop strings without a tokenizer, a closed engine.
@@ -185,7 +193,7 @@ class Engine:
             max_new = max(1, min(DEFAULT_MAX_TOKENS, context - len(ids)))
         self._scheduler.check_length(len(ids), max_new)
         all_logits = keep_logits or params.prompt_logprobs is not None
-        sequence = Scheduled(ids, max_new, all_logits=all_logits)
+        sequence = Scheduled(ids, max_new, all_logits=all_logits, owner=owner)
         handle = Handle(
             sequence,
             params,
@@ -204,7 +212,12 @@ class Engine:
         return self._queue(handle)
 
     def embed(
-        self, tokens: Sequence[int], pooling: Pooling, *, listener: Callable[[Handle], None] | None = None
+        self,
+        tokens: Sequence[int],
+        pooling: Pooling,
+        *,
+        listener: Callable[[Handle], None] | None = None,
+        owner: str = "",
     ) -> Handle:
         """Queue one sequence whose hidden state is wanted (Handle.embedding); returns at once.
 
@@ -219,7 +232,7 @@ class Engine:
             )
         ids = self._checked(tokens)
         self._scheduler.check_length(len(ids), 0)
-        sequence = Scheduled(ids, 0, pool_from=len(ids) - 1 if pooling == "last" else 0)
+        sequence = Scheduled(ids, 0, pool_from=len(ids) - 1 if pooling == "last" else 0, owner=owner)
         return self._queue(
             Handle(
                 sequence,
@@ -357,7 +370,8 @@ class Engine:
     def _take_in(self) -> None:
         """New and cancelled sequences.  Only under the lock and between steps."""
         while self._inbox:
-            self._scheduler.waiting.append(self._inbox.popleft())
+            sequence = self._inbox.popleft()
+            self._scheduler.waiting.append(sequence, sequence.owner)
         while self._cancelled:
             handle = self._cancelled.popleft()
             if self._handles.pop(handle.sequence, None) is not None:
@@ -370,6 +384,7 @@ class Engine:
         if not plan:
             return False
         self.steps += 1
+        started = time.perf_counter()
         try:
             step = self._builder.build(plan)
             if step.pooled is not None and len(step.pooled):
@@ -380,6 +395,11 @@ class Engine:
             for chunk in plan:
                 self._fail(chunk.sequence, error)
             return True
+        if self._pace is not None:
+            decoding = sum(1 for chunk in plan if chunk.stop - chunk.start == 1)
+            total = sum(chunk.stop - chunk.start for chunk in plan)
+            self._pace.note(decoding, total - decoding, time.perf_counter() - started)
+            scheduler.prompt_rows = self._pace.rows
         scheduler.advance(plan)
         row = 0
         for sequence, _, stop, wanted in plan:

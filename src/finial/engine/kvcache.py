@@ -29,13 +29,15 @@ class PagePool:
 
     Args:
         reuse: remember full pages, so that a later sequence with the same prefix finds them.
+        max_idle: pages that nobody holds are remembered, at most so many; None: all.
     """
 
-    def __init__(self, pages: int, page_size: int, *, reuse: bool = True) -> None:
+    def __init__(self, pages: int, page_size: int, *, reuse: bool = True, max_idle: int | None = None) -> None:
         assert pages > 0 and page_size > 0, (pages, page_size)
         self.pages = pages
         self.page_size = page_size
         self.reuse = reuse
+        self.max_idle = pages if max_idle is None else max_idle
         self.releases = 0  # grows whenever pages may have become available: tells a queue when to look again
         self._next_serial = ROOT + 1
         self._free: list[int] = []
@@ -155,6 +157,10 @@ class PagePool:
                     self._free.append(page)
                 else:
                     self._idle[page] = None
+        while len(self._idle) > self.max_idle:
+            page, _ = self._idle.popitem(last=False)
+            self._drop_key(page)
+            self._free.append(page)
 
     def _drop_key(self, page: int) -> None:
         key = self._keys[page]

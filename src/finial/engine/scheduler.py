@@ -8,7 +8,8 @@ Integers and queues; knows nothing of arrays, logits, text or time.
 
 Order of a step: one row for each sequence that only lacks its newest token (decode), then chunks of prompts that
 are being prefilled, oldest first, then new sequences in the order of arrival.  Decode rows are never refused for
-lack of room in a step, so a long prompt does not stall those who are already generating.  When pages run out the
+lack of room in a step, so a long prompt does not stall those who are already generating; a prompt that does not end in
+a step leaves half of its room to those behind it.  Owners of waiting sequences take turns.  When pages run out the
 youngest sequence gives its pages back and goes to the front of the queue; it recomputes later (preemption by
 recompute, as in vLLM, Kwon et al. 2023, arXiv:2309.06180, 4.5).  The oldest sequence is therefore never preempted,
 and as `add` refuses what cannot fit alone, every sequence ends.
@@ -17,11 +18,11 @@ and as `add` refuses what cannot fit alone, every sequence ends.
 from __future__ import annotations
 
 from array import array
-from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from finial.engine.kvcache import ROOT, PagePool
+from finial.engine.queue import FairQueue
 from finial.errors import RequestError
 
 
@@ -30,6 +31,7 @@ class Sequence:
 
     Attributes:
         tokens: prompt and what was generated; the only copy.
+        owner: whose it is; owners take turns.
         computed: how many positions, from 0, have their keys and values in the cache.
         wanted_from: the first position whose logits nobody has had yet.
         pool_from: the first position whose hidden state is wanted, and no logits at all; None: none is.
@@ -41,6 +43,7 @@ class Sequence:
         "chain",
         "computed",
         "max_new",
+        "owner",
         "pages",
         "pool_from",
         "preempted",
@@ -52,11 +55,18 @@ class Sequence:
     )
 
     def __init__(
-        self, tokens: list[int], max_new: int, *, all_logits: bool = False, pool_from: int | None = None
+        self,
+        tokens: list[int],
+        max_new: int,
+        *,
+        all_logits: bool = False,
+        pool_from: int | None = None,
+        owner: str = "",
     ) -> None:
         self.tokens = tokens
         self.prompt_length = len(tokens)
         self.max_new = max_new
+        self.owner = owner
         self.all_logits = all_logits
         self.pool_from = pool_from
         self.wanted_from = 0 if all_logits else len(tokens) - 1
@@ -88,6 +98,9 @@ class Scheduler:
         max_context: positions of one sequence, prompt and generated together.
         max_logit_rows: rows of one chunk when the logits of all of them are wanted (bounds the memory of the result).
         cache: False recomputes every sequence from position 0 for each new token.
+
+    Attributes:
+        prompt_rows: rows of prompts at most in a step that also decodes; may change at any time.
     """
 
     def __init__(
@@ -107,7 +120,8 @@ class Scheduler:
         self.max_context = max_context
         self.max_logit_rows = max_logit_rows
         self.cache = cache
-        self.waiting: deque[Sequence] = deque()
+        self.prompt_rows = max_step_tokens
+        self.waiting: FairQueue[Sequence] = FairQueue()
         self.running: list[Sequence] = []  # in order of arrival
         self._blocked: tuple[Sequence, int, int] | None = None
 
@@ -136,7 +150,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raises RequestError when it could never run."""
         self.check_length(sequence.prompt_length, sequence.max_new)
-        self.waiting.append(sequence)
+        self.waiting.append(sequence, sequence.owner)
 
     def schedule(self) -> list[Chunk]:
         """The rows of the next step; empty when there is nothing to do.
@@ -159,13 +173,15 @@ class Scheduler:
             elif self._hold(sequence, length, plan):
                 plan[sequence] = Chunk(sequence, start, length, sequence.wanted_from)
                 budget -= 1
+        if plan:
+            budget = min(budget, self.prompt_rows)
         if prefilling:
             i = 0
             while i < len(running) and budget > 0:
                 sequence = running[i]
                 i += 1
                 if len(sequence.tokens) - sequence.computed > 1:
-                    chunk = self._chunk(sequence, budget)
+                    chunk = self._chunk(sequence, self._share(sequence, budget, i))
                     if self._hold(sequence, chunk.stop, plan):
                         plan[sequence] = chunk
                         budget -= chunk.stop - chunk.start
@@ -200,8 +216,7 @@ class Scheduler:
         if sequence in self.running:
             self.running.remove(sequence)
             self._give_back(sequence, forget=forget)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+        elif self.waiting.remove(sequence):
             self._blocked = None
 
     def restart(self, sequences: Iterable[Sequence]) -> None:
@@ -212,7 +227,19 @@ class Scheduler:
         self._blocked = None
         for sequence in sequences:
             self._reset(sequence)
-            self.waiting.append(sequence)
+            self.waiting.append(sequence, sequence.owner)
+
+    def _share(self, sequence: Sequence, budget: int, behind: int) -> int:
+        """Rows that a prompt may have: half of what there is when it does not end with all and somebody is behind it.
+
+        Args:
+            behind: where those begin in `running` that came later.
+        """
+        if len(sequence.tokens) - sequence.computed <= budget:
+            return budget
+        others = any(len(s.tokens) - s.computed > 1 for s in self.running[behind:])
+        admissible = self.waiting and self._blocked is None and len(self.running) < self.max_batch
+        return max(1, budget // 2) if others or admissible else budget
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
         start, length = sequence.computed, len(sequence.tokens)
@@ -267,7 +294,7 @@ class Scheduler:
         if not sequence.preempted:
             sequence.reused = sequence.computed
         self.running.append(sequence)
-        chunk = self._chunk(sequence, budget)
+        chunk = self._chunk(sequence, self._share(sequence, budget, len(self.running)))
         for _ in range(self.pool.pages_for(chunk.stop) - len(sequence.pages)):
             sequence.pages.append(self.pool.allocate())
         self._register(chunk)

@@ -90,6 +90,7 @@ class Run:
                         watch=self._watch,
                         detokenizer=detokenizer,
                         sample=sample,
+                        owner=client,
                         constraint=None if guide is None else guide.copy(),
                     )
                 )

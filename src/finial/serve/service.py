@@ -136,7 +136,7 @@ class Service:
             handles: list[Handle] = []
             try:
                 for ids in prompts[at : at + self.llm.info.max_batch]:
-                    handles.append(self.thread.embed(ids, request.pooling or "last", watch=watch))
+                    handles.append(self.thread.embed(ids, request.pooling or "last", watch=watch, owner=client))
                 for handle in handles:
                     while handle.finish_reason is None:
                         await watch.wait()
