@@ -20,8 +20,9 @@ import msgspec
 class Live:
     """A running server: its address, its process, and the lines it wrote to standard error."""
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "finial.cli", "serve", *arguments, "--port", "0"]
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None, before: str = "") -> None:
+        start = f"from finial.cli import main\nfrom finial.serve import app, server\n{before}\nmain()"
+        command = [sys.executable, "-c", start, "serve", *arguments, "--port", "0"]
         clean = {name: value for name, value in os.environ.items() if name != "FINIAL_API_KEY"}
         self.process = subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, env={**clean, **(environment or {})}
@@ -66,13 +67,27 @@ class Live:
         is_json = names.get("content-type", "").startswith("application/json")
         return status, msgspec.json.decode(raw) if is_json else raw.decode(), names
 
-    def ready(self, timeout: float = 60) -> Live:
+    def ready(self, timeout: float = 60, key: str | None = None) -> Live:
         """Itself, once it answers."""
         end = time.monotonic() + timeout
-        while self.ask("/ready")[0] != 200:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        while self.ask("/ready", headers=headers)[0] != 200:
             assert time.monotonic() < end and self.process.poll() is None, "".join(self.lines)
             time.sleep(0.05)
         return self
+
+    def metric(self, name: str) -> float:
+        """A number of /metrics, by its name and labels as they are written there."""
+        text = self.ask("/metrics")[1]
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    def eventually(self, name: str, value: float, timeout: float = 10) -> None:
+        """Wait for a number of /metrics."""
+        end = time.monotonic() + timeout
+        while self.metric(name) != value:
+            assert time.monotonic() < end, f"{name} is {self.metric(name)}, not {value}"
+            time.sleep(0.02)
 
     def stop(self) -> int:
         """End it and return its exit code."""
@@ -88,10 +103,10 @@ class Live:
 
 
 @contextlib.contextmanager
-def live(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[Live]:
-    """A server that is ready, ended afterwards."""
-    server = Live(*arguments, environment=environment)
+def live(*arguments: str, environment: dict[str, str] | None = None, before: str = "") -> Iterator[Live]:
+    """A server that is ready, ended afterwards; `before` is code that runs first, with `app` and `server` at hand."""
+    server = Live(*arguments, environment=environment, before=before)
     try:
-        yield server.ready()
+        yield server.ready(key=(environment or {}).get("FINIAL_API_KEY"))
     finally:
         server.stop()

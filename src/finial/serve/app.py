@@ -79,32 +79,32 @@ class BodyError(Exception):
         self.status = status
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int = MAX_BODY, seconds: float = BODY_S) -> bytes:
+async def read_body(scope: Scope, receive: Receive) -> bytes:
     """The whole body, refused as soon as it is over the limit."""
     headers = dict(scope["headers"])
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if kind != b"application/json":
         raise BodyError(415, f"the content type is {kind.decode('latin-1')!r}, send application/json")
-    too_large = BodyError(413, f"the body is over {limit:,} bytes")
+    too_large = BodyError(413, f"the body is over {MAX_BODY:,} bytes")
     length = headers.get(b"content-length", b"")
-    if length.isdigit() and int(length[:20]) > limit:
+    if length.isdigit() and int(length[:20]) > MAX_BODY:
         raise too_large
     parts, size = [], 0
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(BODY_S):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise BodyError(400, "the body broke off")
                 part = message.get("body", b"")
                 size += len(part)
-                if size > limit:
+                if size > MAX_BODY:
                     raise too_large
                 parts.append(part)
                 if not message.get("more_body", False):
                     return b"".join(parts)
     except TimeoutError:
-        raise BodyError(408, f"the body took more than {seconds:g} s") from None
+        raise BodyError(408, f"the body took more than {BODY_S:g} s") from None
 
 
 Answer = Callable[[Service, bytes, "Sending", dict[str, Any]], Awaitable[None]]
