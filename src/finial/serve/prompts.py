@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finial.engine.sampling import SamplingParams
-from finial.errors import RequestError
+from finial.errors import FileError, RequestError
 from finial.llm import LLM
 from finial.serve.constraint import Grammars, Guide, calls, json_schema, lark, regex
 from finial.serve.parse import CALL, THINK, THINK_END, OutputParser, ToolStyle, tool_style
@@ -40,6 +40,7 @@ from finial.serve.wire import (
 )
 
 TEMPLATE_OPTIONS = ("enable_thinking",)  # what a client may set in a template, unless the server says otherwise
+MAX_TOKEN = 256  # characters: the longest tokens of published vocabularies, runs of spaces, have about half of that
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -97,8 +98,11 @@ class Preparer:
             raise InvalidRequest(
                 f"{self._llm.info.model} has no chat template", "use /v1/completions", param="messages"
             )
-        prompt = self._template.render([plain(message) for message in request.messages], tools, **options)
-        ids = self._llm.tokenizer.encode(prompt, add_special=False)
+        try:
+            prompt = self._template.render([plain(message) for message in request.messages], tools, **options)
+        except FileError as error:  # the template met a limit, or cannot be used at all
+            raise InvalidRequest(error.what, "shorten the conversation", param="messages") from None
+        ids = self._tokens(prompt, "messages", add_special=False)
         limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         params = self._params(request, len(ids), limit, "messages")
         if request.logprobs:
@@ -206,13 +210,24 @@ class Preparer:
             self._grammars.close()
 
     def _encode(self, text: str | list[int], param: str) -> list[int]:
-        ids = self._llm.tokenizer.encode(text) if isinstance(text, str) else text
+        ids = self._tokens(text, param) if isinstance(text, str) else text
         if not ids:
             raise InvalidRequest(f"{param} is empty: 0 tokens", "send some text", param=param)
         size = self._llm.info.config.vocab_size
         if max(ids) >= size:
             raise InvalidRequest(f"{param} holds token {max(ids)}, the vocabulary has {size}", param=param)
         return ids
+
+    def _tokens(self, text: str, param: str, add_special: bool = True) -> list[int]:
+        """A text as ids; one that is too long for certain is refused before that work."""
+        if len(text) > self.room * MAX_TOKEN:
+            raise InvalidRequest(
+                f"{param} has {len(text):,} characters, this server's context is {self.room} tokens",
+                "shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return self._llm.tokenizer.encode(text, add_special=add_special)
 
     def _room(self, prompt: int, param: str) -> int:
         room = self.room - prompt
