@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from importlib.resources import files
@@ -413,3 +414,19 @@ def test_the_front_door() -> None:
     assert set(finial.__all__) <= set(dir(finial))
     with pytest.raises(AttributeError, match="no attribute 'LLMM'"):
         _ = finial.LLMM
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
+def test_a_reserved_cache_is_resident_before_anything_is_written() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    with LLM("demo", max_batch=32) as llm:
+        assert llm.info.kv_bytes > 20 << 20  # so that it stands out
+    before = resident()
+    with LLM("demo", max_batch=32) as llm:
+        lazy = resident() - before
+    before = resident()
+    with LLM("demo", max_batch=32, reserve=True) as llm:
+        taken = resident() - before
+        assert taken - lazy > 0.7 * llm.info.kv_bytes  # a few large pages are taken in any case

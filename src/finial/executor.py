@@ -61,6 +61,12 @@ class Executable:
         self._states = []  # the old cache goes before the new one comes
         self._states = [program.new_state(pages, page_size) for program in self._programs]
 
+    def take(self) -> None:
+        """Take the caches' memory from the system now, where a backend would take it as positions are written."""
+        for state in self._states:
+            if hasattr(state, "take"):
+                state.take()
+
     @property
     def state_bytes(self) -> int:
         """Bytes reserved for caches."""

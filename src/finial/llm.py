@@ -97,6 +97,7 @@ class LLM:
         max_step_tokens: rows of one step; longer prompts are split.
         page_size: positions of one cache page.
         hidden: give out hidden states too, for `embed`.
+        reserve: take the memory of the whole cache now; otherwise it is taken as positions are written.
 
     Sampling options of all methods below are those of `SamplingParams`; greedy unless `temperature` is given.
 
@@ -122,6 +123,7 @@ class LLM:
         max_step_tokens: int = 512,
         page_size: int = 32,
         hidden: bool = False,
+        reserve: bool = False,
     ) -> None:
         started = time.perf_counter()
         path = resolve(os.fspath(model))
@@ -160,6 +162,8 @@ class LLM:
             eos_ids=ends,
             hidden=hidden,
         )
+        if reserve:
+            executable.take()
         self.info = Info(
             model=str(model),
             path=path,

@@ -117,6 +117,7 @@ def serve(
             stall_s=stall_ms / 1000,
             prefix_bytes=None if prefix_cache is None else prefix_cache << 20,
             hidden=True,
+            reserve=True,
         ),
         console.note,
     )

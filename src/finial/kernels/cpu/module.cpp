@@ -91,6 +91,7 @@ void bind_program(nb::module_& m) {
       .def_prop_ro("threads", &Pool::threads);
 
   nb::class_<State>(m, "State", "Caches of a program, zeroed; memory is taken as it is written.")
+      .def("take", &State::take, nb::call_guard<nb::gil_scoped_release>(), "Takes all of it from the system now.")
       .def_prop_ro("nbytes", &State::nbytes)
       .def_ro("pages", &State::pages)
       .def_ro("page_size", &State::page_size);

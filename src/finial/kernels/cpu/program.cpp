@@ -36,6 +36,10 @@ State::State(std::vector<CacheSpec> specs, int64_t pages, int64_t page_size)
   }
 }
 
+void State::take() {
+  for (Memory& m : memory_) m.take(m.size());
+}
+
 int64_t State::nbytes() const {
   size_t total = 0;
   for (const Memory& m : memory_) total += m.size();

@@ -35,6 +35,7 @@ class State {
   State(std::vector<CacheSpec> specs, int64_t pages, int64_t page_size);
   State(State&&) = default;
   State(const State&) = delete;
+  void take();  // all of it from the system now; only before anything is written
   int64_t nbytes() const;
   const std::vector<CacheSpec>& specs() const { return specs_; }
   Cache cache(int index) const;
