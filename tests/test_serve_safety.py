@@ -53,7 +53,7 @@ def all_of(connection: socket.socket) -> bytes:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Live]:
-    with live("demo", before="app.BODY_S = server.HEAD_S = 1.0") as running:
+    with live("demo", before="app.BODY_S = server.HEAD_S = server.STUCK_S = 1.0") as running:
         yield running
 
 
@@ -216,6 +216,18 @@ def test_whoever_leaves_gives_everything_back() -> None:
             server.eventually("finial_sequences_running", 0)
         assert server.metric('finial_sequences_total{finish_reason="cancel"}') == 10
         assert server.ask("/v1/completions", {"prompt": "a", "max_tokens": 2})[0] == 200
+
+
+def test_a_client_that_does_not_read_is_let_go(server: Live) -> None:
+    body = LONG | {"n": 8, "logprobs": 20}  # some ten megabytes, more than sockets hold
+    answered = 'finial_requests_total{path="/v1/completions",status="200"}'
+    before = server.metric(answered)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(head(server, body))
+        server.eventually(answered, before + 1)  # over, though nobody has read it
+    server.eventually(HELD, 0)
 
 
 def test_a_full_queue_says_when_to_come_again() -> None:

@@ -31,6 +31,7 @@ from finial.serve.service import MAX_QUEUE, Service
 
 HEAD_S = 10.0  # for the head of a request to arrive
 HEAD_BYTES = 64 << 10
+STUCK_S = 60.0  # for a client to read at least something of an answer that waits for it
 KEEP_ALIVE_S = 30
 MAX_CONNECTIONS = 1024
 SWITCH_INTERVAL_S = 0.0005  # see `serve`
@@ -86,9 +87,10 @@ class Settings:
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's protocol, with bounds on how long and how large the head of a request may be."""
+    """uvicorn's protocol, with bounds on the head of a request, in time and size, and on clients that do not read."""
 
     _head: asyncio.TimerHandle | None = None
+    _stuck: asyncio.TimerHandle | None = None
     _head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -98,6 +100,17 @@ class _Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
         super().connection_lost(exc)
+        if self._stuck is not None:
+            self._stuck.cancel()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stuck = self.loop.call_later(STUCK_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stuck is not None:
+            self._stuck.cancel()
 
     def data_received(self, data: bytes) -> None:
         if self._head is None and (self.cycle is None or self.cycle.response_complete):
