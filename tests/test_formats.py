@@ -233,3 +233,19 @@ def test_a_damaged_scale_decodes_without_a_warning() -> None:
             row = FORMATS[name]
             Tensor(name, (row.block,), np.full(row.block_bytes, 0xFF, np.uint8)).decode()
             Tensor(name, (row.block,), np.full(row.block_bytes, 0x7C, np.uint8)).to("bf16")
+
+
+def test_a_tensor_re_encoded_later_is_the_tensor_re_encoded() -> None:
+    stored = Tensor.from_array(np.linspace(-1, 1, 4 * 64, dtype=np.float32).reshape(4, 64), "bf16")
+    later = stored.later("q8_0", "w")
+    assert later.format == "q8_0" and later.shape == stored.shape and later.nbytes == 4 * 68
+    assert np.array_equal(later.data, stored.to("q8_0").data) and later.data is not later.data
+    assert np.array_equal(later.decode(), stored.to("q8_0").decode())
+    assert stored.later("bf16", "w") is stored
+    with pytest.raises(ModelError, match="does not write"):
+        Tensor.from_array(np.zeros((1, 256), np.float32)).later("q4_k", "w")
+    with pytest.raises(ModelError, match="multiple of 32"):
+        Tensor.from_array(np.zeros((2, 33), np.float32)).later("q8_0", "w")
+    huge = Tensor.from_array(np.full((1, 32), 1e30, np.float32)).later("f16", "w")
+    with pytest.raises(ModelError, match="w: "):
+        huge.data  # noqa: B018

@@ -404,9 +404,50 @@ class Tensor:
             )
         return row.block_bytes
 
+    def later(self, format: str, name: str) -> Tensor:
+        """As `to`, but encoded anew each time its bytes are asked for; `name` is what an error then calls it."""
+        return self if format == self.format else Reencoded(self, format, name)
+
     @staticmethod
     def from_array(array: NDArray[Any], format: str = "f32") -> Tensor:
         """A tensor of `array`'s values; shares its memory where neither type nor layout has to change."""
         stored = "f16" if array.dtype == np.float16 else "f32"
         values = np.asarray(array, dtype="<f2" if stored == "f16" else "<f4", order="C")
         return Tensor(stored, tuple(array.shape), values.reshape(-1).view(np.uint8)).to(format)
+
+
+class Reencoded(Tensor):
+    """A tensor in another format than the one it is stored in.  It holds no bytes: whoever asks for `data` gets new
+    ones, so that a model can be re-encoded tensor by tensor without ever being in memory twice.
+
+    Attributes:
+        source: the tensor as stored.
+
+    Raises:
+        ModelError: as `Tensor.to`; for the format or the shape at once, for a value when `data` is asked for.
+    """
+
+    source: Tensor
+    _name: str
+
+    def __init__(self, source: Tensor, format: str, name: str) -> None:
+        target = get_format(format)
+        target.nbytes(source.shape)
+        if target.encode is None:
+            writable = ", ".join(row.name for row in FORMATS.values() if row.encode)
+            raise ModelError(f"finial reads {format} but does not write it", fix=f"use one of {writable}")
+        for attribute, value in (("format", format), ("shape", source.shape), ("source", source), ("_name", name)):
+            object.__setattr__(self, attribute, value)
+
+    @property
+    def data(self) -> Bytes:
+        """The encoded bytes, made now."""
+        try:
+            return self.source.to(self.format).data
+        except ModelError as error:
+            raise ModelError(f"{self._name}: {error.what}", fix=error.fix) from error
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that `data` has."""
+        return get_format(self.format).nbytes(self.shape)

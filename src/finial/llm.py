@@ -492,7 +492,7 @@ def normalised(handle: Handle) -> NDArray[np.float32]:
 
 
 def _weights(checkpoint: Checkpoint, format: str | None) -> dict[str, Tensor]:
-    """The checkpoint's tensors, matrices re-encoded when a format is asked for."""
+    """The checkpoint's tensors; where a format is asked for, matrices that are re-encoded as they are read."""
     if format is None:
         return dict(checkpoint.tensors)
     if get_format(format).encode is None:
@@ -500,7 +500,7 @@ def _weights(checkpoint: Checkpoint, format: str | None) -> dict[str, Tensor]:
     weights = {}
     for name, tensor in checkpoint.tensors.items():
         try:
-            weights[name] = tensor.to(format) if len(tensor.shape) == 2 else tensor
+            weights[name] = tensor.later(format, name) if len(tensor.shape) == 2 else tensor
         except ModelError as error:
             raise ModelError(f"{name}: {error.what}", fix=error.fix) from error
     return weights

@@ -177,6 +177,14 @@ void test_decode(Report& report, const Kernels* kernels) {
         tolerance.push_back(exact(format) ? 0 : 4 * U * size);
       }
     report.near(y, expected, tolerance, std::string(kernels->name) + " embed " + info(format).name);
+    if (kernels->rounding(format) == Rounding::None || info(format).block > 32) continue;
+    Program packed(m.pool, m.kernels);
+    const int rows = packed.dimension(), made = packed.output(rows, width);
+    packed.embed_packed(made, packed.int_input("tokens"), packed.weight(table.linear(), false, nullptr));
+    Floats z(y.size());
+    packed.run({5}, {{tokens.data(), {5}}}, {}, {array(z, 5)}, packed.new_state(0, 1));
+    report.equal(y.data(), z.data(), static_cast<int64_t>(y.size()),
+                 std::string(kernels->name) + " embed from panels, " + info(format).name);
   }
   // Every pattern of sixteen bits.
   std::vector<uint8_t> patterns(2 << 16);

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from finial.backends import Timing
 from finial.backends.cpu_plan import Products, plan
 from finial.errors import BackendError
-from finial.formats import Tensor
+from finial.formats import Reencoded, Tensor
 from finial.graph import Dim, Graph, Node, Value
 
 try:
@@ -63,8 +63,10 @@ class CpuProgram:
         self._dimensions: dict[Dim, int] = {}
         self._buffers: dict[str, int] = {}
         self._vectors: dict[str, NDArray[np.float32]] = {}
+        self._bytes: dict[str, NDArray[np.uint8]] = {}  # of matrices used in place
+        self._matrices: dict[tuple[str, ...], int] = {}  # weight and bias -> the native matrix
         self._lower()
-        self._weights = {}  # the native program holds what it points at
+        self._weights, self._bytes = {}, {}  # the native program holds what it points at
 
     @property
     def isa(self) -> str:
@@ -172,19 +174,36 @@ class CpuProgram:
         return self._vectors[name]
 
     def _matrix(self, name: str) -> tuple[NDArray[np.uint8], str, int, int]:
+        """A matrix as native code takes it: bytes (the same each time where they are kept), format, rows, width."""
         tensor = self._weights[name]
-        rows, width = tensor.shape
-        return tensor.data, tensor.format, rows, width
+        if (data := self._bytes.get(name)) is None:
+            data = tensor.data
+        if self._rounding(name) == "f32":
+            self._bytes[name] = data
+        return data, tensor.format, *tensor.shape  # type: ignore[return-value]  # a matrix has two
 
     def _embed(self, node: Node) -> None:
         tokens, weight = node.inputs
-        self._native.embed(self._buffers[node.outputs[0]], self._int_ids[tokens], *self._matrix(weight))
+        out, ids = self._buffers[node.outputs[0]], self._int_ids[tokens]
+        if isinstance(self._weights[weight], Reencoded) and self._rounding(weight) != "f32":
+            self._native.embed_packed(out, ids, self._packed(weight))  # rather than keep its bytes beside the panels
+        else:
+            self._native.embed(out, ids, *self._matrix(weight))
+
+    def _packed(self, weight: str, *bias: str) -> int:
+        """The index of a matrix with its bias, packed by now where its format is."""
+        key = (weight, *bias)
+        if key not in self._matrices:
+            tensor, matrix = self._weights[weight], self._matrix(weight)
+            vector = self._vector(bias[0]) if bias else None
+            self._matrices[key] = self._native.weight(*matrix, vector, is_mapped(matrix[0]))
+            if isinstance(tensor, Reencoded):
+                forget(tensor.source.data)
+        return self._matrices[key]
 
     def _weight(self, node: Node) -> int:
-        """The index of a linear's matrix, packed by now."""
         _, weight, *bias = node.inputs
-        vector = self._vector(bias[0]) if bias else None
-        return self._native.weight(*self._matrix(weight), vector, is_mapped(self._weights[weight].data))
+        return self._packed(weight, *bias)
 
     def _products(self, item: Products) -> None:
         members = [
@@ -261,10 +280,24 @@ _WEIGHTS = {"embed": (1,), "linear": (1, 2), "rms_norm": (1,), "rope": (2,)}
 
 def is_mapped(data: np.ndarray) -> bool:
     """Whether an array is a view of a read-only memory map of a file, whose pages the system can fetch again."""
+    return _map_of(data) is not None
+
+
+def forget(data: np.ndarray) -> None:
+    """Give back the memory of an array that is a view of a file, a hint: it is read again where it is used again."""
+    if (file := _map_of(data)) is None or not hasattr(file, "madvise") or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = data.ctypes.data - np.frombuffer(file, np.uint8).ctypes.data
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last:
+        file.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def _map_of(data: np.ndarray) -> mmap.mmap | None:
     base: Any = data
     while isinstance(base, np.ndarray | memoryview):
         base = base.base if isinstance(base, np.ndarray) else base.obj
-    return isinstance(base, mmap.mmap) and memoryview(base).readonly
+    return base if isinstance(base, mmap.mmap) and memoryview(base).readonly else None
 
 
 def _width(value: Value) -> int:

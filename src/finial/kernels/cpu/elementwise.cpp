@@ -17,6 +17,7 @@ int64_t linear_scratch(const Linear&, int64_t rows);
 void linear(const Linear&, const float* x, float* y, int64_t rows, int64_t begin, int64_t end, float* scratch);
 Rounding rounding(Format);
 void pack(const Linear&, uint8_t* panels, int64_t begin, int64_t end);
+void unpack(const Linear&, int64_t row, float* out);
 void round_tile(Rounding, const float* x, int64_t n_in, int64_t rows, uint8_t* tile);
 void multiply(const Product&, int64_t begin, int64_t end);
 int64_t peak(Rounding, int64_t rounds, float* sink);
@@ -158,6 +159,7 @@ const Kernels kernels = {FINIAL_TEXT(FINIAL_ISA),
                          linear_scratch,
                          rounding,
                          pack,
+                         unpack,
                          round_tile,
                          multiply,
                          peak,

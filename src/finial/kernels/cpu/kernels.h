@@ -95,7 +95,8 @@ struct Kernels {
   int64_t (*linear_scratch)(const Linear&, int64_t rows);
   // How this instruction set wants the activations of a format; None: weights stay in place and `linear` multiplies.
   Rounding (*rounding)(Format);
-  void (*pack)(const Linear&, uint8_t* panels, int64_t begin, int64_t end);            // panels begin <= i < end
+  void (*pack)(const Linear&, uint8_t* panels, int64_t begin, int64_t end);  // panels begin <= i < end
+  void (*unpack)(const Linear&, int64_t row, float* out);  // a row of packed bf16, q8_0 or q4_0 as decode gives it
   void (*round)(Rounding, const float* x, int64_t n_in, int64_t rows, uint8_t* tile);  // a tile of x [rows, n_in]
   void (*multiply)(const Product&, int64_t begin, int64_t end);                        // panels begin <= i < end
   // Nothing but the multiplying instruction, on registers, `rounds` times; returns the operations done, 0 without one.

@@ -123,6 +123,7 @@ void bind_program(nb::module_& m) {
           [](Program& p, int out, int tokens, const Bytes& weight, const std::string& format, int64_t rows,
              int64_t width) { p.embed(out, tokens, weight_of(weight, format, rows, width)); },
           "out"_a, "tokens"_a, "weight"_a.noconvert(), "format"_a, "rows"_a, "width"_a, nb::keep_alive<1, 4>())
+      .def("embed_packed", &Program::embed_packed, "out"_a, "tokens"_a, "weight"_a)
       .def(
           "weight", &weight, "data"_a.noconvert(), "format"_a, "n_out"_a, "n_in"_a, "bias"_a.noconvert() = nb::none(),
           "mapped"_a = false, nb::keep_alive<1, 6>(),

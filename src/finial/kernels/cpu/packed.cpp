@@ -80,6 +80,7 @@ int64_t peak(Rounding kind, int64_t rounds, float* sink) {
 #if !defined(FINIAL_PACKS_INT8)
 
 void pack(const Linear&, uint8_t*, int64_t, int64_t) {}
+void unpack(const Linear&, int64_t, float*) {}
 void round_tile(Rounding, const float*, int64_t, int64_t, uint8_t*) {}
 void multiply(const Product&, int64_t, int64_t) {}
 
@@ -153,6 +154,22 @@ void pack(const Linear& l, uint8_t* out, int64_t begin, int64_t end) {
         pack_k(l, out + i * bytes, i * PANEL);
         break;
     }
+  }
+}
+
+void unpack(const Linear& l, int64_t row, float* out) {
+  const uint8_t* panel = l.packed + row / PANEL * panel_bytes(l.format, l.n_in);
+  switch (l.format) {
+#if defined(FINIAL_PACKS_BF16)
+    case Format::BF16:
+      return unpack_bf16(panel, row % PANEL, l.n_in, out);
+#endif
+    case Format::Q8_0:
+      return unpack_blocks<Q8>(l.format, panel, row % PANEL, l.n_in, BIAS_Q8, out);
+    case Format::Q4_0:
+      return unpack_blocks<Q4>(l.format, panel, row % PANEL, l.n_in, 0, out);
+    default:
+      return;
   }
 }
 

@@ -104,6 +104,10 @@ void pack_bf16(const Linear& l, uint8_t* out, int64_t first) {
       std::memcpy(out + (whole * PANEL + o) * 4, l.weight + (first + o) * l.row_bytes + whole * 4, 2);
 }
 
+void unpack_bf16(const uint8_t* panel, int64_t o, int64_t n_in, float* out) {
+  for (int64_t k = 0; k < n_in; ++k) out[k] = bf16_to_float(panel + (k / 2 * PANEL + o) * 4 + k % 2 * 2);
+}
+
 }  // namespace
 
 }  // namespace finial::FINIAL_ISA

@@ -13,6 +13,7 @@
 #include <math.h>
 
 #include "panels.h"
+#include "weights.h"
 
 #if defined(FINIAL_PACKS_INT8)
 
@@ -336,6 +337,21 @@ void pack_blocks(const Linear& l, uint8_t* out, int64_t first, uint32_t flip) {
         std::memcpy(out + PANEL * 2 + (j * PANEL + o) * 4, &word, 4);
       }
     }
+  }
+}
+
+template <class Q>
+void unpack_blocks(Format format, const uint8_t* panel, int64_t o, int64_t n_in, uint32_t flip, float* out) {
+  for (int64_t k = 0; k < n_in; k += 32, panel += Q::BLOCK) {
+    uint8_t block[2 + 4 * Q::WORDS];
+    std::memcpy(block, panel + 2 * o, 2);
+    for (int j = 0; j < Q::WORDS; ++j) {
+      uint32_t word;
+      std::memcpy(&word, panel + PANEL * 2 + (j * PANEL + o) * 4, 4);
+      word ^= flip;
+      std::memcpy(block + 2 + 4 * j, &word, 4);
+    }
+    decode(format, block, 32, out + k);
   }
 }
 

@@ -135,10 +135,19 @@ void Program::embed(int out, int tokens, const finial::Linear& weight) {
   push(i, {}, {resource(out)});
 }
 
+void Program::embed_packed(int out, int tokens, int weight) {
+  require(weight >= 0 && weight < static_cast<int>(weights_.size()), "embed: no such weight");
+  const finial::Linear& table = weights_[static_cast<size_t>(weight)];
+  require(table.packed != nullptr &&
+              (table.format == Format::BF16 || table.format == Format::Q8_0 || table.format == Format::Q4_0),
+          "embed: only packed bf16, q8_0 and q4_0 are read as rows");
+  embed(out, tokens, table);
+}
+
 int Program::weight(const finial::Linear& weight, bool mapped, std::shared_ptr<const void> owner) {
   finial::Linear made = weight;
-  for (const finial::Linear& known : weights_)
-    if (known.weight == made.weight && known.format == made.format && known.n_in == made.n_in &&
+  for (const finial::Linear& known : weights_)  // other memory may have been given to another matrix since
+    if (mapped && known.weight == made.weight && known.format == made.format && known.n_in == made.n_in &&
         known.n_out == made.n_out)
       made.packed = known.packed;
   if (kernels_->rounding(made.format) == Rounding::None) {

@@ -117,6 +117,7 @@ class Program {
   int int_input(std::string name);                                // given to `run`, in the order of declaration
   int cache(CacheSpec spec);                                      // one state of the graph
   void embed(int out, int tokens, const finial::Linear& weight);  // weight.n_in is the width, n_out the vocabulary
+  void embed_packed(int out, int tokens, int weight);             // the same from a packed bf16, q8_0 or q4_0 `weight`
   // A matrix for `linears`. `mapped`: its bytes are a read-only file mapping, given back as they are packed. `owner` is
   // held while they are used.
   int weight(const finial::Linear& weight, bool mapped, std::shared_ptr<const void> owner);

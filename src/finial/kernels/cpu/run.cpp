@@ -409,7 +409,9 @@ void Program::execute(const Instruction& i, const Step& step, int thread) {
     }
     case Op::Embed: {
       const Range part = share(step.rows(spec(i.out)), thread, threads);
-      for (int64_t row = part.begin; row < part.end; ++row)
+      for (int64_t row = part.begin; row < part.end && i.linear.packed != nullptr; ++row)
+        kernels_->unpack(i.linear, step.input(i.ints[0]).data[row], at(i.out) + row * i.linear.n_in);
+      for (int64_t row = part.begin; row < part.end && i.linear.packed == nullptr; ++row)
         kernels_->decode(i.linear.format, i.linear.weight + step.input(i.ints[0]).data[row] * i.linear.row_bytes,
                          i.linear.n_in, at(i.out) + row * i.linear.n_in);
       break;
