@@ -3,7 +3,10 @@
 Attentions of Qwen3-0.6B's shape by default, one after another on caches of their own as the layers of a model
 are: up to 28, or as many as are larger together than any CPU cache.  (Shallow caches fit a CPU cache even so: there
 the share of read bandwidth passes 100 %, and the time in microseconds is what counts.)  Read bandwidth is measured
-before and after each cell, and the cell reports its share of the better of the two.
+before and after each cell, and the cell reports its share of the better of the two.  Prompts report their share of the
+peak of the instruction that multiplies scores and weights, counting only what a row sees.
+
+Pages lie one after another, as a server that has room deals them out, or anywhere (`--pages random`).
 
     python -m benchmarks.attention --kv bf16 --threads 2 --save benchmarks/results/attention.json
 """
@@ -44,10 +47,18 @@ def program(heads: int, kv_heads: int, head_dim: int, kv: str, threads: int, lay
     return CpuBackend(threads).compile(graph, {})
 
 
-def feeds(rows: int, depth: int, heads: int, kv_heads: int, head_dim: int, page_size: int) -> dict[str, np.ndarray]:
-    """`rows` new rows that end at `depth`; pages in random order, as after a while of serving."""
+def deal(depth: int, page_size: int, order: str) -> np.ndarray:
+    """The pages of `depth` positions: ascending, or in random order as after a while of serving without room."""
+    count = -(-depth // page_size)
+    pages = np.arange(count) if order == "ascending" else np.random.default_rng(depth).permutation(count)
+    return pages.astype(np.int32)
+
+
+def feeds(
+    rows: int, depth: int, heads: int, kv_heads: int, head_dim: int, page_size: int, pages: np.ndarray
+) -> dict[str, np.ndarray]:
+    """`rows` new rows that end at `depth`."""
     rng = np.random.default_rng(depth)
-    pages = rng.permutation(-(-depth // page_size)).astype(np.int32)
     at = np.arange(depth - rows, depth, dtype=np.int32)
     arrays = {
         name: rng.standard_normal((rows, n * head_dim)) for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
@@ -68,15 +79,17 @@ def measure(args: argparse.Namespace, rows: int, depth: int) -> dict[str, float 
     layers = max(1, min(28, -(-256_000_000 // nbytes))) if rows == 1 else 1
     run = program(args.heads, args.kv_heads, args.head_dim, args.kv, args.threads, layers)
     state = run.new_state(-(-depth // args.page_size), args.page_size)
+    pages = deal(depth, args.page_size, args.pages)
     for end in range(0, depth, 1024):  # fill the cache; attention over it is what a prompt costs, so by pieces
         count = min(1024, depth - end)
-        fill = feeds(count, end + count, args.heads, args.kv_heads, args.head_dim, args.page_size)
-        fill["pages"] = feeds(1, depth, 1, 1, 1, args.page_size)["pages"]
-        at = fill["positions"]
-        fill["slots"] = (fill["pages"][0][at // args.page_size] * args.page_size + at % args.page_size).astype(np.int32)
-        fill["positions"] = np.zeros_like(at)  # written where they belong, attending to nothing: filling is quick
+        fill = feeds(count, end + count, args.heads, args.kv_heads, args.head_dim, args.page_size, pages)
+        fill["positions"] = np.zeros_like(
+            fill["positions"]
+        )  # written where they belong, attending to nothing: filling is quick
         run.run(fill, state)
-    step = feeds(rows, depth, args.heads, args.kv_heads, args.head_dim, args.page_size)
+    step = feeds(rows, depth, args.heads, args.kv_heads, args.head_dim, args.page_size, pages)
+    multiplies = CpuBackend(args.threads).attention_precision(args.kv)
+    peak = _native.peak_flops(args.threads, multiplies, 0.1)
     before = _native.read_bandwidth(args.threads, 1 << 28, 0.2)
     samples: list[float] = []
     start = time.perf_counter()
@@ -90,7 +103,8 @@ def measure(args: argparse.Namespace, rows: int, depth: int) -> dict[str, float 
     return {
         "rows": rows, "depth": depth, "layers": layers, "us": median * 1e6, "best_us": min(samples) * 1e6,
         "gb_s": nbytes / median / 1e9, "read_gb_s": bandwidth, "share": nbytes / median / 1e9 / bandwidth,
-        "gflop_s": flops / median / 1e9, "samples_us": [s * 1e6 for s in samples[:200]],
+        "gflop_s": flops / median / 1e9, "peak_gflop_s": peak, "of_peak": flops / median / 1e9 / peak,
+        "samples_us": [s * 1e6 for s in samples[:200]],
     }  # fmt: skip
 
 
@@ -102,21 +116,25 @@ def main() -> None:
     parser.add_argument("--kv", default="bf16", choices=("f32", "bf16", "q8_0"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--page-size", type=int, default=32)
+    parser.add_argument("--pages", default="ascending", choices=("ascending", "random"))
     parser.add_argument("--seconds", type=float, default=0.5, help="for each cell")
     parser.add_argument("--depths", type=int, nargs="*", default=list(DEPTHS))
     parser.add_argument("--prompts", type=int, nargs="*", default=[512, 2048])
     parser.add_argument("--save", type=Path)
     args = parser.parse_args()
     shape = f"{args.heads}/{args.kv_heads} heads x {args.head_dim}"
-    print(f"{_native.isa()}, {args.threads} threads, {shape}, {args.kv} cache")
-    print(f"{'rows':>6} {'depth':>6} {'us':>10} {'GB/s':>7} {'of read':>8} {'share':>6} {'GFLOP/s':>8}")
+    print(f"{_native.isa()}, {args.threads} threads, {shape}, {args.kv} cache, {args.pages} pages")
+    print(
+        f"{'rows':>6} {'depth':>6} {'us':>10} {'GB/s':>7} {'of read':>8} {'share':>6} "
+        f"{'GFLOP/s':>8} {'of peak':>8} {'share':>6}"
+    )
     cells = []
     for rows, depth in [(1, depth) for depth in args.depths] + [(prompt, prompt) for prompt in args.prompts]:
         cell = measure(args, rows, depth)
         cells.append(cell)
         print(
             f"{rows:6} {depth:6} {cell['us']:10.1f} {cell['gb_s']:7.2f} {cell['read_gb_s']:8.1f} "
-            f"{cell['share']:6.1%} {cell['gflop_s']:8.1f}",
+            f"{cell['share']:6.1%} {cell['gflop_s']:8.1f} {cell['peak_gflop_s']:8.0f} {cell['of_peak']:6.1%}",
             flush=True,
         )
     if args.save:

@@ -156,7 +156,10 @@ def test_cache_rounds_to_nearest_even(isa: str) -> None:
     feeds |= {"starts": np.array([0, 64]), "lengths": np.array([64]), "pages": np.array([[0]])}
     feeds = {name: a if a.dtype == np.float32 else a.astype(np.int32) for name, a in feeds.items()}
     got = program.run(feeds, program.new_state(1, 64))[0]
-    assert np.array_equal(bits(got + 0.0), bits(Tensor.from_array(v, "bf16").decode() + np.float32(0)))
+    expected = Tensor.from_array(v, "bf16").decode() + np.float32(0)
+    if CpuBackend(1, isa).attention_precision("bf16") == "bf16":  # the instruction takes subnormals for zero
+        expected[np.abs(expected) < np.finfo(np.float32).tiny] = 0
+    assert np.array_equal(bits(got + 0.0), bits(expected))
 
 
 @on_every_isa

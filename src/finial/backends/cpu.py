@@ -371,6 +371,15 @@ class CpuBackend:
         """
         return _native.activations(format, self._isa)
 
+    def attention_precision(self, dtype: str) -> str:
+        """What attention over a cache of this dtype rounds to: "f32" is not at all.
+
+        "bf16": the scaled query, and each weight exp(score - largest score of its chunk of 256 positions), to nearest
+        even, so by at most 2^-8 of itself; what is below 2^-126 counts as zero. Sums are float32, and the weights' sum
+        is that of the rounded ones.
+        """
+        return _native.attention_precision(dtype, self._isa)
+
     def compile(self, graph: Graph, weights: Mapping[str, Tensor]) -> CpuProgram:
         """See `finial.backends.Backend.compile`; every format of formats.py, packed or in place."""
         return CpuProgram(graph, weights, self._pool, self._isa)

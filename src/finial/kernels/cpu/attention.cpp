@@ -21,6 +21,7 @@
 // python -m benchmarks.attention --threads 1 (or 2); records: benchmarks/results/attention-bf16-*.json.
 #include <math.h>
 
+#include "softmax.h"
 #include "vector_exp.h"
 #include "weights.h"
 
@@ -184,10 +185,6 @@ void weigh_rows(const float* p, const uint8_t* const* values, int64_t from, int6
   if (d < n) weigh<Row, Q, 1, true, FETCH>(p, values, from, to, d, n, out);
 }
 
-struct Span {  // positions of a chunk that a query sees
-  int64_t from, to;
-};
-
 // The part of each query's span that lies in [from, to). What the queries have in common is taken together.
 template <class Row, int Q, bool FETCH>
 void weigh_spans(const float* p, const uint8_t* const* values, const Span* spans, int64_t from, int64_t to, int64_t n,
@@ -207,10 +204,6 @@ void weigh_spans(const float* p, const uint8_t* const* values, const Span* spans
   for (int j = 0; j < Q; ++j) weigh_rows<Row, 1, false>(p + j * CHUNK_LENGTH, values, high, each[j].to, n, out + j);
 }
 
-struct Softmax {
-  float best, weight;  // largest score, sum of exp(score - best); weight 0: nothing seen yet
-};
-
 // Scores of [from, to), whole vectors, to exp(score - best); those outside the span become 0.
 Softmax soften(float* scores, const Span& span, int64_t from, int64_t to) {
   for (int64_t i = from; i < span.from; ++i) scores[i] = -HUGE_VALF;
@@ -225,23 +218,6 @@ Softmax soften(float* scores, const Span& span, int64_t from, int64_t to) {
     weights = add(weights, p);
   }
   return {best, sum(weights)};
-}
-
-// The results of one more chunk into those of the chunks before.
-void merge(Softmax& s, float* out, const Softmax& more, const float* added, int64_t n) {
-  if (more.weight == 0) return;
-  if (s.weight == 0) {
-    s = more;
-    std::memcpy(out, added, static_cast<size_t>(n) * sizeof(float));
-    return;
-  }
-  const float best = more.best > s.best ? more.best : s.best;
-  const V keep = exp(set1(s.best - best)), take = exp(set1(more.best - best));
-  V weight = fma(set1(more.weight), take, mul(set1(s.weight), keep));
-  float lanes[W];
-  store(lanes, weight);
-  s = {best, lanes[0]};
-  for (int64_t d = 0; d < n; d += W) store(out + d, fma(load(added + d), take, mul(load(out + d), keep)));
 }
 
 template <class Row>
@@ -260,20 +236,19 @@ void clear(float* p, int64_t n) {
   for (int64_t i = 0; i < n; i += W) store(p + i, zero());
 }
 
-// A query's place in q and out: query j of a piece is head j % group of row j / group.
-int64_t place(const Attention& a, const AttentionPiece& piece, int64_t j) {
-  const int64_t row = piece.row + j / a.group;
-  return ((row * a.cache.kv_heads + piece.head) * a.group + j % a.group) * a.cache.head_dim;
-}
-
-// Where the keys of positions [from, to) of a piece's sequence lie; the values are run_bytes further.
-void locate(const Attention& a, const AttentionPiece& piece, int64_t from, int64_t to, const uint8_t** keys) {
+// Where the keys of positions [from, to) of a piece's sequence lie, and the values unless null.
+void locate(const Attention& a, const AttentionPiece& piece, int64_t from, int64_t to, const uint8_t** keys,
+            const uint8_t** values) {
   const int32_t* pages = a.pages + a.sequence[piece.row] * a.pages_per_sequence;
   const int64_t row_bytes = a.cache.row_bytes();
   int64_t page = from / a.cache.page_size, at = from % a.cache.page_size;
   for (; from < to; ++page, at = 0) {
-    const uint8_t* run = a.cache.keys(pages[page], piece.head) + at * row_bytes;
-    for (; at < a.cache.page_size && from < to; ++at, ++from, run += row_bytes) *keys++ = run;
+    const uint8_t* key = a.cache.keys(pages[page], piece.head) + at * row_bytes;
+    const uint8_t* value = a.cache.values(pages[page], piece.head) + at * row_bytes;
+    for (; at < a.cache.page_size && from < to; ++at, ++from, key += row_bytes, value += row_bytes) {
+      *keys++ = key;
+      if (values != nullptr) *values++ = value;
+    }
   }
 }
 
@@ -282,9 +257,8 @@ void locate(const Attention& a, const AttentionPiece& piece, int64_t from, int64
 // The keys that fill up a vector before from and after to are any that may be read.
 void locate_chunk(const Attention& a, const AttentionPiece& piece, int64_t base, int64_t from, int64_t to, int64_t next,
                   const uint8_t** keys, const uint8_t** values) {
-  locate(a, piece, base + from, base + to, keys + from);
-  for (int64_t i = from; i < to; ++i) values[i] = keys[i] + a.cache.run_bytes();
-  locate(a, piece, base + to, base + to + next, values + to);
+  locate(a, piece, base + from, base + to, keys + from, values + from);
+  locate(a, piece, base + to, base + to + next, values + to, nullptr);
   for (int64_t i = to + next; i < to + AHEAD; ++i) values[i] = values[to - 1];
   const int64_t stop = (to + W - 1) / W * W + AHEAD;
   for (int64_t i = to; i < stop; ++i) keys[i] = values[from + i - to < to + AHEAD ? from + i - to : to + AHEAD - 1];
@@ -342,14 +316,8 @@ void piece_of(const Attention& a, const AttentionPiece& piece, float* partial, f
     const int64_t base = chunk * CHUNK_LENGTH;
     int64_t from = CHUNK_LENGTH, to = 0;
     for (int64_t j = 0; j < queries; ++j) {
-      const int64_t last = a.positions[piece.row + j / a.group] - base;
-      int64_t first = a.window > 0 && last + base >= a.window ? last - a.window + 1 : -base;
-      first = first > 0 ? first : 0;
-      spans[j] = {first, last + 1 < CHUNK_LENGTH ? last + 1 : CHUNK_LENGTH};
-      if (spans[j].from >= spans[j].to) {
-        spans[j] = {0, 0};
-        continue;
-      }
+      spans[j] = span_of(a, piece.row + j / a.group, base);
+      if (spans[j].to == 0) continue;
       from = spans[j].from < from ? spans[j].from : from;
       to = spans[j].to > to ? spans[j].to : to;
     }
@@ -417,24 +385,53 @@ void merge_of(const Attention& a, const AttentionPiece& piece, const float* part
 
 }  // namespace
 
-int64_t attention_scratch(int64_t head_dim, int64_t queries) {
+// From attention_bf16.cpp; nothing where there is no instruction for it.
+int64_t attention_bf16_scratch(int64_t head_dim, int64_t queries);
+int64_t attention_bf16_partial(int64_t head_dim);
+void attention_bf16(const Attention&, const AttentionPiece&, float* partial, float* scratch);
+void attention_bf16_merge(const Attention&, const AttentionPiece&, const float* partial, float* scratch);
+
+#if defined(FINIAL_PACKS_BF16)
+constexpr bool ROUNDS = true;
+#else
+constexpr bool ROUNDS = false;
+#endif
+
+Rounding attention_rounding(CacheType type) {
+  return ROUNDS && type == CacheType::BF16 ? Rounding::BF16 : Rounding::None;
+}
+
+int64_t attention_queries(CacheType type) { return attention_rounding(type) == Rounding::BF16 ? 96 : 32; }
+
+int64_t attention_scratch(CacheType type, int64_t head_dim, int64_t queries) {
+  if (attention_rounding(type) == Rounding::BF16) return attention_bf16_scratch(head_dim, queries);
   constexpr int64_t FLOATS = sizeof(float);
   constexpr int64_t BYTES = sizeof(Span) + sizeof(float*) + 2 * sizeof(Softmax);
   return POINTERS + queries * (3 * padded(head_dim) + CHUNK_LENGTH + BYTES / FLOATS);
 }
 
-int64_t attention_partial(int64_t head_dim) { return padded(head_dim) + STEP; }
+int64_t attention_partial(CacheType type, int64_t head_dim) {
+  return attention_rounding(type) == Rounding::BF16 ? attention_bf16_partial(head_dim) : padded(head_dim) + STEP;
+}
 
 void attention(const Attention& a, const AttentionPiece& piece, float* partial, float* scratch) {
   if (a.cache.type == CacheType::F32) return piece_of<RowF32>(a, piece, partial, scratch);
-  if (a.cache.type == CacheType::BF16) return piece_of<RowBF16>(a, piece, partial, scratch);
-  piece_of<RowQ8_0>(a, piece, partial, scratch);
+  if (a.cache.type == CacheType::Q8_0) return piece_of<RowQ8_0>(a, piece, partial, scratch);
+#if defined(FINIAL_PACKS_BF16)
+  attention_bf16(a, piece, partial, scratch);
+#else
+  piece_of<RowBF16>(a, piece, partial, scratch);
+#endif
 }
 
 void attention_merge(const Attention& a, const AttentionPiece& piece, const float* partial, float* scratch) {
   if (a.cache.type == CacheType::F32) return merge_of<RowF32>(a, piece, partial, scratch);
-  if (a.cache.type == CacheType::BF16) return merge_of<RowBF16>(a, piece, partial, scratch);
-  merge_of<RowQ8_0>(a, piece, partial, scratch);
+  if (a.cache.type == CacheType::Q8_0) return merge_of<RowQ8_0>(a, piece, partial, scratch);
+#if defined(FINIAL_PACKS_BF16)
+  attention_bf16_merge(a, piece, partial, scratch);
+#else
+  merge_of<RowBF16>(a, piece, partial, scratch);
+#endif
 }
 
 }  // namespace finial::FINIAL_ISA

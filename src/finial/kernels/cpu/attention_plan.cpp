@@ -6,14 +6,13 @@ namespace finial {
 
 namespace {
 
-constexpr int64_t TILE_QUERIES = 32, TILE_ROWS = 16;
 constexpr int64_t PIECES_PER_THREAD = 4;  // enough for threads to even out, taking pieces one by one
 
 }  // namespace
 
 void AttentionPlan::build(const int32_t* positions, const int32_t* starts, int64_t sequences, int64_t window,
-                          int64_t group, int64_t kv_heads, int64_t partial, int threads) {
-  const int64_t most = std::clamp<int64_t>(TILE_QUERIES / group, 1, TILE_ROWS);
+                          int64_t group, int64_t kv_heads, int64_t partial, int threads, int64_t queries) {
+  const int64_t most = std::clamp<int64_t>(queries / group, 1, queries / 2);
   tiles_.clear(), pieces_.clear(), wholes_.clear(), parts_.clear();
   tile_rows_ = partial_floats_ = 0;
   int64_t total = 0;  // rows times chunks

@@ -23,8 +23,9 @@ class AttentionPlan {
   };
 
   // positions [rows], starts [sequences + 1], checked. partial: floats that a query leaves per chunk.
+  // queries: how many a piece does well to hold, if one sequence has them.
   void build(const int32_t* positions, const int32_t* starts, int64_t sequences, int64_t window, int64_t group,
-             int64_t kv_heads, int64_t partial, int threads);
+             int64_t kv_heads, int64_t partial, int threads, int64_t queries);
 
   int64_t pieces() const { return static_cast<int64_t>(pieces_.size()); }
   const Share& piece(int64_t index) const { return pieces_[static_cast<size_t>(index)]; }

@@ -12,7 +12,7 @@
 
 namespace finial::FINIAL_ISA {
 
-// From matmul.cpp, packed.cpp and attention.cpp.
+// From matmul.cpp, packed.cpp, attention.cpp and attention_bf16.cpp.
 int64_t linear_scratch(const Linear&, int64_t rows);
 void linear(const Linear&, const float* x, float* y, int64_t rows, int64_t begin, int64_t end, float* scratch);
 Rounding rounding(Format);
@@ -21,8 +21,11 @@ void unpack(const Linear&, int64_t row, float* out);
 void round_tile(Rounding, const float* x, int64_t n_in, int64_t rows, uint8_t* tile);
 void multiply(const Product&, int64_t begin, int64_t end);
 int64_t peak(Rounding, int64_t rounds, float* sink);
-int64_t attention_scratch(int64_t head_dim, int64_t queries);
-int64_t attention_partial(int64_t head_dim);
+int64_t attention_scratch(CacheType, int64_t head_dim, int64_t queries);
+int64_t attention_partial(CacheType, int64_t head_dim);
+int64_t attention_queries(CacheType);
+Rounding attention_rounding(CacheType);
+void store_blocked(const Cache&, const float* keys, const float* values, const int32_t* slots, int64_t, int64_t);
 void attention(const Attention&, const AttentionPiece&, float* partial, float* scratch);
 void attention_merge(const Attention&, const AttentionPiece&, const float* partial, float* scratch);
 
@@ -168,6 +171,9 @@ const Kernels kernels = {FINIAL_TEXT(FINIAL_ISA),
                          attention_merge,
                          attention_scratch,
                          attention_partial,
+                         attention_queries,
+                         attention_rounding,
+                         store_blocked,
                          rms_norm,
                          rope,
                          store_cache,

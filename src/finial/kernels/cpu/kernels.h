@@ -54,15 +54,54 @@ inline int64_t cache_row_bytes(CacheType type, int64_t head_dim) {
   return type == CacheType::F32 ? 4 * head_dim : type == CacheType::BF16 ? 2 * head_dim : head_dim / 32 * 34;
 }
 
-// One layer's keys and values, in the order in which a kv head is read: [page][kv_head][2: k, v][position][head_dim].
+// Positions are taken in chunks of this many, aligned to position 0: the unit of the online softmax, and of sharing
+// one row's attention among threads.
+constexpr int64_t ATTENTION_CHUNK = 256;
+
+// Positions that a blocked cache keeps together.
+constexpr int64_t CACHE_BLOCK = 32;
+
+// One layer's keys and values: [group of pages][kv_head][chunk of the group][2: k, v][page of the chunk][position]
+// [head_dim]. A chunk is the pages that hold ATTENTION_CHUNK positions; a group is as many chunks as make a large
+// memory page (what is left makes smaller ones): pages that follow each other are read as one run, and a short context
+// still takes little memory.
+//
+// Blocked, within blocks of 32 positions: keys [head_dim / 2][position][2], values [position / 2][head_dim][2], which
+// is how an instruction for pairs of bf16 takes them, lanes being keys or elements of values.
 struct Cache {
   uint8_t* data;
   CacheType type;
+  bool blocked;
   int64_t pages, page_size, kv_heads, head_dim;
+  int64_t chunk, group;  // in pages
+
+  Cache(uint8_t* data, CacheType type, bool blocked, int64_t pages, int64_t page_size, int64_t kv_heads,
+        int64_t head_dim)
+      : data(data),
+        type(type),
+        blocked(blocked),
+        pages(pages),
+        page_size(page_size),
+        kv_heads(kv_heads),
+        head_dim(head_dim) {
+    constexpr int64_t LARGE = int64_t{2} << 20;
+    chunk = page_size < ATTENTION_CHUNK ? ATTENTION_CHUNK / page_size : 1;
+    const int64_t bytes = chunk * kv_heads * 2 * run_bytes();
+    group = bytes < LARGE ? LARGE / bytes * chunk : chunk;
+  }
 
   int64_t row_bytes() const { return cache_row_bytes(type, head_dim); }
   int64_t run_bytes() const { return page_size * row_bytes(); }  // one page's keys, or values, of one head
-  uint8_t* keys(int64_t page, int64_t head) const { return data + (page * kv_heads + head) * 2 * run_bytes(); }
+  uint8_t* keys(int64_t page, int64_t head) const { return place(page, head, 0); }
+  uint8_t* values(int64_t page, int64_t head) const { return place(page, head, 1); }
+
+ private:
+  uint8_t* place(int64_t page, int64_t head, int64_t which) const {
+    const int64_t in_group = page % group, first = page - in_group, in_chunk = in_group % chunk;
+    const int64_t grouped = pages - first < group ? pages - first : group, before = in_group - in_chunk;
+    const int64_t together = grouped - before < chunk ? grouped - before : chunk;
+    return data + ((first * kv_heads + head * grouped + before) * 2 + which * together + in_chunk) * run_bytes();
+  }
 };
 
 struct Attention {
@@ -77,10 +116,6 @@ struct Attention {
   int64_t window;  // positions seen, counting the row's own; 0 sees all
   float scale;
 };
-
-// Positions are taken in chunks of this many, aligned to position 0: the unit of the online softmax, and of sharing
-// one row's attention among threads.
-constexpr int64_t ATTENTION_CHUNK = 256;
 
 // What one thread takes at once: neighbouring rows of one sequence, one kv head, chunks [begin, end) of positions.
 struct AttentionPiece {
@@ -107,8 +142,15 @@ struct Kernels {
   // leaves rows * group * attention_partial floats there, and `attention_merge` makes the outputs of them.
   void (*attention)(const Attention&, const AttentionPiece&, float* partial, float* scratch);
   void (*attention_merge)(const Attention&, const AttentionPiece&, const float* partial, float* scratch);
-  int64_t (*attention_scratch)(int64_t head_dim, int64_t queries);  // floats; queries = rows * group of a piece
-  int64_t (*attention_partial)(int64_t head_dim);                   // floats of one query and chunk
+  int64_t (*attention_scratch)(CacheType, int64_t head_dim, int64_t queries);  // floats; queries: rows * group
+  int64_t (*attention_partial)(CacheType, int64_t head_dim);                   // floats of one query and chunk
+  int64_t (*attention_queries)(CacheType);                                     // queries that a piece does well to hold
+  // What queries and attention weights are rounded to. BF16: a cache may be blocked, if pages and rows allow it.
+  Rounding (*attention_rounding)(CacheType);
+  // Keys and values, [rows, kv_heads * head_dim], of items begin <= i < end, an item being a head of a row, to the
+  // rows' slots of a blocked cache.
+  void (*store_blocked)(const Cache&, const float* keys, const float* values, const int32_t* slots, int64_t begin,
+                        int64_t end);
   void (*rms_norm)(const float* x, const float* weight, float* y, int64_t width, float eps);     // one group of `width`
   void (*rope)(const float* x, const float* cos, const float* sin, float* y, int64_t head_dim);  // one head
   void (*store)(CacheType, const float* x, uint8_t* out, int64_t n);

@@ -215,6 +215,14 @@ NB_MODULE(_native, m) {
       },
       "format"_a, "isa"_a = "",
       "What a linear with weights of this format rounds its input to: f32 (not at all), bf16, or int8 (blocks of 32).");
+  m.def(
+      "attention_precision",
+      [](const std::string& dtype, const std::string& isa) {
+        const Rounding rounding = find_kernels(isa.c_str())->attention_rounding(cache_type(dtype));
+        return rounding == Rounding::BF16 ? "bf16" : "f32";
+      },
+      "dtype"_a, "isa"_a = "",
+      "What attention over a cache of this dtype rounds scaled queries and weights to: f32 (not at all) or bf16.");
   m.def("read_bandwidth", &read_bandwidth, "threads"_a, "bytes"_a, "seconds"_a,
         nb::call_guard<nb::gil_scoped_release>(),
         "Measured read bandwidth in GB/s (1e9): the fastest of several passes over a buffer of `bytes`.");

@@ -48,7 +48,8 @@ int64_t State::nbytes() const {
 
 Cache State::cache(int index) const {
   const CacheSpec& s = specs_[static_cast<size_t>(index)];
-  return {memory_[static_cast<size_t>(index)].data(), s.type, pages, page_size, s.kv_heads, s.head_dim};
+  const bool blocked = s.rounding == Rounding::BF16 && page_size % CACHE_BLOCK == 0 && s.head_dim % 16 == 0;
+  return Cache(memory_[static_cast<size_t>(index)].data(), s.type, blocked, pages, page_size, s.kv_heads, s.head_dim);
 }
 
 int Program::dimension() { return dimensions_++; }
@@ -82,6 +83,7 @@ int Program::cache(CacheSpec spec) {
   require(spec.kv_heads >= 1 && spec.head_dim >= 1, "cache: kv_heads and head_dim must be at least 1");
   require(spec.type != CacheType::Q8_0 || spec.head_dim % 32 == 0,
           "cache: q8_0 takes a head_dim of whole blocks of 32");
+  spec.rounding = kernels_->attention_rounding(spec.type);
   caches_.push_back(spec);
   return static_cast<int>(caches_.size()) - 1;
 }

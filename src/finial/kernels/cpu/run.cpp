@@ -140,7 +140,8 @@ void Program::reserve(Step& step) {
     const SequenceMap& m = maps_[static_cast<size_t>(p.map)];
     const IntArray& starts = step.input(m.starts);
     shares_[i].build(step.input(m.positions).data, starts.data, starts.shape[0] - 1, p.window, p.group,
-                     p.cache.kv_heads, kernels_->attention_partial(p.cache.head_dim), pool_->threads());
+                     p.cache.kv_heads, kernels_->attention_partial(p.cache.type, p.cache.head_dim), pool_->threads(),
+                     kernels_->attention_queries(p.cache.type));
     partials = shares_[i].partial_floats() > partials ? shares_[i].partial_floats() : partials;
   }
   if (partials_.size() < static_cast<size_t>(partials) * sizeof(float)) {
@@ -164,7 +165,8 @@ void Program::reserve(Step& step) {
     }
     if (i.op == Op::Attention) {
       const CacheSpec& cache = plans_[static_cast<size_t>(i.plan)].cache;
-      wanted = kernels_->attention_scratch(cache.head_dim, shares_[static_cast<size_t>(i.plan)].tile_rows() * i.group);
+      wanted = kernels_->attention_scratch(cache.type, cache.head_dim,
+                                           shares_[static_cast<size_t>(i.plan)].tile_rows() * i.group);
     }
     if (rounded(wanted, LINE) > step.scratch_stride) step.scratch_stride = rounded(wanted, LINE);
   }
@@ -438,12 +440,17 @@ void Program::execute(const Instruction& i, const Step& step, int thread) {
     case Op::CacheWrite: {
       const Cache cache = step.state.cache(i.cache);
       const Range part = share(step.rows(spec(i.a)) * cache.kv_heads, thread, threads);
+      const int32_t* slots = step.input(i.ints[0]).data;
+      if (cache.blocked) {
+        kernels_->store_blocked(cache, at(i.a), at(i.b), slots, part.begin, part.end);
+        break;
+      }
       for (int64_t h = part.begin; h < part.end; ++h) {
-        const int64_t slot = step.input(i.ints[0]).data[h / cache.kv_heads];
-        uint8_t* keys =
-            cache.keys(slot / cache.page_size, h % cache.kv_heads) + slot % cache.page_size * cache.row_bytes();
-        kernels_->store(cache.type, at(i.a) + h * cache.head_dim, keys, cache.head_dim);
-        kernels_->store(cache.type, at(i.b) + h * cache.head_dim, keys + cache.run_bytes(), cache.head_dim);
+        const int64_t slot = slots[h / cache.kv_heads], page = slot / cache.page_size, head = h % cache.kv_heads;
+        const int64_t offset = slot % cache.page_size * cache.row_bytes();
+        uint8_t *keys = cache.keys(page, head), *values = cache.values(page, head);
+        kernels_->store(cache.type, at(i.a) + h * cache.head_dim, keys + offset, cache.head_dim);
+        kernels_->store(cache.type, at(i.b) + h * cache.head_dim, values + offset, cache.head_dim);
       }
       break;
     }

@@ -178,4 +178,36 @@ FINIAL_INLINE I reduce_each(const I (&a)[W], F f) {
 // acc + both products of each pair; subnormals count as zero, each step rounds to nearest even.
 FINIAL_INLINE V dot_bf16(V acc, I w, I x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
 
+// Attention with rounded queries and weights. Subnormals count as zero.
+// 32 floats to pairs of bf16, nearest even; a and b become what the pairs hold: even ones, odd ones.
+FINIAL_INLINE void store_bf16_pairs(void* p, V& a, V& b) {
+  const __m512i pairs = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+  _mm512_storeu_si512(p, pairs);
+  split_bf16(pairs, a, b);
+}
+// W floats to bf16, nearest even, as the even or the odd ones of 2 W; the others stay as they are.
+FINIAL_INLINE void store_bf16_halves(uint8_t* p, V a, bool odd) {
+  uint8_t packed[2 * W];
+  store_bf16(packed, a);
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+  if (odd)
+    _mm512_mask_storeu_epi16(p, 0xAAAAAAAAu, _mm512_slli_epi32(wide, 16));
+  else
+    _mm512_mask_storeu_epi16(p, 0x55555555u, wide);
+}
+FINIAL_INLINE I even_halves(I a) { return _mm512_and_si512(a, _mm512_set1_epi32(0xFFFF)); }
+FINIAL_INLINE I odd_halves(I a) { return _mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))); }
+// 2^x within 2^-18, for x <= 0: 2^(x - floor x) by a polynomial of least maximum relative error (Lawson's reweighted
+// least squares), times 2^floor(x). 0 below -150; NaN stays NaN.
+FINIAL_INLINE V power_of_two(V x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);
+  const V r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  V y = _mm512_set1_ps(0.0135341678f);
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.0520114601f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.241442755f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.693003833f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.00000262f));
+  return _mm512_scalef_ps(y, x);
+}
+
 }  // namespace finial::FINIAL_ISA
