@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -52,6 +51,7 @@ class Page:
         self._browser, self._session = browser, session
         self.problems: list[str] = []
         self.requests: list[str] = []
+        self._credentials: dict[str, str] = {}
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         return self._browser.call(method, parameters, self._session)
@@ -62,7 +62,7 @@ class Page:
         assert "exceptionDetails" not in got, f"{expression}: {got['exceptionDetails']}"
         return got["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 20) -> None:
+    def wait(self, expression: str, seconds: float = 50) -> None:
         """Until the expression is true of the page."""
         deadline = time.monotonic() + seconds
         while not self.run(f"Boolean({expression})"):
@@ -89,6 +89,11 @@ class Page:
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
 
+    def log_in(self, name: str, password: str) -> None:
+        """What the browser's own dialog gets when a server asks; before the first address is opened."""
+        self._credentials = {"response": "ProvideCredentials", "username": name, "password": password}
+        self.call("Fetch.enable", handleAuthRequests=True)
+
     def resize(self, width: int, height: int, *, scheme: str = "light", scale: float = 1) -> None:
         phone = width < 600
         self.call(
@@ -102,7 +107,12 @@ class Page:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def heard(self, method: str, said: dict[str, Any]) -> None:
-        if method == "Network.requestWillBeSent":
+        if method == "Fetch.requestPaused":
+            self._browser.send("Fetch.continueRequest", {"requestId": said["requestId"]}, self._session)
+        elif method == "Fetch.authRequired":
+            answer = {"requestId": said["requestId"], "authChallengeResponse": self._credentials}
+            self._browser.send("Fetch.continueWithAuth", answer, self._session)
+        elif method == "Network.requestWillBeSent":
             self.requests.append(said["request"]["url"])
         elif method == "Runtime.exceptionThrown":
             self.problems.append(f"uncaught: {json.dumps(said['exceptionDetails'])[:500]}")
@@ -123,60 +133,77 @@ class Browser:
     """A fresh Chromium without a profile; ends with the `with` block."""
 
     def __enter__(self) -> Browser:
-        from websockets.sync.client import connect
-
-        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         # No sandbox: CI runs as root in a container, where Chromium has none; it opens nothing but our own page.
-        flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --remote-debugging-port=0"
+        # It listens on a pipe, not on a port, and so ends with us whatever ends us.
+        flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --remote-debugging-pipe"
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        own = f"--user-data-dir={self._profile.name}"
         self._process = subprocess.Popen(
-            [find(), *flags.split(), f"--user-data-dir={self._profile.name}", "about:blank"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            ["sh", "-c", 'exec "$@" 3<&0 4>&1 </dev/null >/dev/null', "sh", find(), *flags.split(), own, "about:blank"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            if found := re.search(r"listening on (ws://\S+)", line):
-                break
-        else:
-            raise AssertionError("Chromium ended before it listened")
-        self._socket = connect(found[1], max_size=None, compression=None, proxy=None)
+        self._held = b""
         self._count = 0
         self._pages: dict[str, Page] = {}
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._socket.close()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
         self._process.terminate()
         self._process.wait(10)
-        assert self._process.stderr is not None
-        self._process.stderr.close()
+        self._process.stdout.close()
         self._profile.cleanup()
 
-    def call(self, method: str, parameters: dict[str, Any], session: str | None = None) -> dict[str, Any]:
+    def send(self, method: str, parameters: dict[str, Any], session: str | None = None) -> int:
+        """The number that the answer will have."""
+        assert self._process.stdin is not None
         self._count += 1
-        number = self._count
-        message = {"id": number, "method": method, "params": parameters}
-        self._socket.send(json.dumps(message if session is None else {**message, "sessionId": session}))
+        message = {"id": self._count, "method": method, "params": parameters}
+        self._process.stdin.write(
+            json.dumps(message if session is None else {**message, "sessionId": session}).encode() + b"\0"
+        )
+        self._process.stdin.flush()
+        return self._count
+
+    def call(self, method: str, parameters: dict[str, Any], session: str | None = None) -> dict[str, Any]:
+        number = self.send(method, parameters, session)
         while True:
-            said = json.loads(self._socket.recv(timeout=30))
+            said = json.loads(self._receive())
             if said.get("id") == number:
                 assert "error" not in said, f"{method}: {said['error']}"
                 result: dict[str, Any] = said["result"]
                 return result
             page = self._pages.get(said.get("sessionId", ""))
-            if page is not None:
+            if page is not None and "method" in said:
                 page.heard(said["method"], said["params"])
 
-    def open(self, url: str, *, width: int = 1280, height: int = 800, scheme: str = "light", scale: float = 1) -> Page:
-        """A new tab with this address, loaded; storage is not shared with other tabs."""
+    def _receive(self) -> bytes:
+        assert self._process.stdout is not None
+        while b"\0" not in self._held:
+            part = os.read(self._process.stdout.fileno(), 1 << 20)
+            assert part, f"Chromium ended ({self._process.poll()})"
+            self._held += part
+        message, _, self._held = self._held.partition(b"\0")
+        return message
+
+    def open(self, url: str, *, width: int = 1280, height: int = 800, password: str | None = None) -> Page:
+        """A new tab with this address, loaded; storage is not shared with other tabs.
+
+        Args:
+            password: what the person enters when the server asks.
+        """
         context = self.call("Target.createBrowserContext", {})["browserContextId"]
         target = self.call("Target.createTarget", {"url": "about:blank", "browserContextId": context})["targetId"]
         session = self.call("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
         page = self._pages[session] = Page(self, session)
         for domain in ("Page", "Runtime", "Network", "Log", "Audits"):
             page.call(f"{domain}.enable")
-        page.resize(width, height, scheme=scheme, scale=scale)
+        page.resize(width, height)
+        if password is not None:
+            page.log_in("anybody", password)
         page.call("Page.navigate", url=url)
-        page.wait("document.readyState === 'complete' && document.querySelector('#model')?.textContent !== ''", 20)
+        page.wait("document.readyState === 'complete' && document.querySelector('#model, pre')?.textContent")
         return page

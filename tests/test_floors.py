@@ -33,6 +33,9 @@ FLOORS = {
     "finial.verdict": 4,
     "finial.lab": 5,
     "finial.serve": 5,
+    "finial.roofline": 4,
+    "finial.jobs": 5,
+    "finial.jobs_file": 5,
     "finial.cli": 6,
 }
 ROOMS = ("finial.models", "finial.backends", "finial.files")
@@ -50,7 +53,8 @@ OWNERS = {
     "jinja2": {"finial.files"},
     "starlette": {"finial.serve"},
     "uvicorn": {"finial.serve"},
-    "msgspec": {"finial.serve", "finial.lab"},
+    "msgspec": {"finial.serve", "finial.lab", "finial.jobs", "finial.jobs_file"},
+    "ray": {"finial.jobs"},
     "prometheus_client": {"finial.serve.metrics"},
     "llguidance": {"finial.serve.constraint"},
 }

@@ -17,6 +17,7 @@ import typer
 
 from finial import __version__
 from finial.cli import console
+from finial.cli.batch import batch
 from finial.cli.chat import chat as chat_command
 from finial.cli.look import doctor, info
 from finial.cli.make import convert, pull, synth
@@ -38,7 +39,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (run_command, chat_command, serve, info, doctor, pull, convert, synth):
+for _command in (run_command, chat_command, serve, batch, info, doctor, pull, convert, synth):
     app.command()(_command)
 
 

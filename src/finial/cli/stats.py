@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from finial.llm import LLM
     from finial.verdict import Verdict
 
-BANDWIDTH_S = 0.3  # several hundred passes over the demo's weights, a dozen over those of 1 GB
-
 
 @dataclass(frozen=True)
 class Stats:
@@ -68,15 +66,8 @@ def measure(llm: LLM, completion: Completion, sampling: str, bandwidth: bool = T
     Args:
         bandwidth: measure the machine's read bandwidth now; without it there is no share of the roofline.
     """
-    from finial.machine import (
-        Sources,
-        bandwidth_bytes,
-        measure_bandwidth,
-        peak_bytes,
-        probe_cpu,
-        probe_memory,
-        probe_native,
-    )
+    from finial.machine import peak_bytes, probe_native
+    from finial.roofline import measure_read, step_reads
 
     peak = peak_bytes()
     info, timings = llm.info, completion.timings
@@ -85,12 +76,10 @@ def measure(llm: LLM, completion: Completion, sampling: str, bandwidth: bool = T
     on_cpu = info.backend == "cpu"
     native = probe_native()
     threads = (info.threads or native.threads) if on_cpu else None
-    bytes_read = mean_step_bytes(llm, prompt, new)
-    cpu, gb_s, over, in_cache = probe_cpu(Sources()), None, None, False
-    if bandwidth and on_cpu and threads is not None:
-        in_cache = 0 < bytes_read <= cpu.last_level_bytes
-        over = bytes_read if in_cache else bandwidth_bytes(cpu, probe_memory(Sources()))
-        gb_s = measure_bandwidth([threads], over, BANDWIDTH_S)[0].read_gb_s
+    length = prompt + max(1, new // 2)
+    bytes_read = step_reads(llm, 1 if info.cache else length, length)
+    read = measure_read(llm, bytes_read) if bandwidth else None
+    gb_s = None if read is None else read.gb_s
     rate = timings.decode_tok_s
     return Stats(
         load_s=info.load_s,
@@ -107,8 +96,8 @@ def measure(llm: LLM, completion: Completion, sampling: str, bandwidth: bool = T
         kv_bytes_per_token=info.kv_bytes_per_token,
         step_bytes=bytes_read,
         read_gb_s=gb_s,
-        read_bytes=over if gb_s is not None else None,
-        in_cache=in_cache,
+        read_bytes=None if read is None else read.over_bytes,
+        in_cache=read is not None and read.in_cache,
         roofline_share=bytes_read * rate / (gb_s * 1e9) if gb_s and rate else None,
         backend=info.backend,
         isa=native.isa if on_cpu else None,
@@ -119,32 +108,6 @@ def measure(llm: LLM, completion: Completion, sampling: str, bandwidth: bool = T
         sampling=sampling,
         seed=completion.choices[0].seed,
     )
-
-
-def mean_step_bytes(llm: LLM, prompt: int, new: int) -> int:
-    """Bytes that the decode step of mean length must read, with the weights in the formats that were loaded."""
-    import numpy as np
-
-    from finial.cost import step_bytes
-    from finial.files.checkpoint import open_checkpoint
-    from finial.formats import Tensor, get_format
-    from finial.models.decoder import build_graph, constants
-
-    info = llm.info
-    layout = open_checkpoint(info.path).layout
-    reencoded = info.format if "+" not in info.format else None
-    formats = {
-        name: (reencoded if reencoded is not None and len(shape) == 2 else stored, shape)
-        for name, (stored, shape) in layout.items()
-    }
-    sizes = {name: get_format(format).nbytes(shape) for name, (format, shape) in formats.items()}
-    # Only sizes are looked at, so all tensors are views of one buffer that is never touched.
-    blank = np.empty(max(sizes.values()), np.uint8)
-    weights = {name: Tensor(format, shape, blank[: sizes[name]]) for name, (format, shape) in formats.items()}
-    weights |= {name: Tensor.from_array(array) for name, array in constants(info.config).items()}
-    length = prompt + max(1, new // 2)
-    rows = 1 if info.cache else length
-    return step_bytes(build_graph(info.config, info.kv_format), weights, rows, [length])
 
 
 # ---------------------------------------------------------------------------------------------------- pages

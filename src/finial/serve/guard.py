@@ -144,7 +144,8 @@ class Guard:
             digest = sha256(_given_key(headers)).digest()
             matching = [hmac.compare_digest(digest, key) for key in self._keys]  # all of them, whichever matches
             if True not in matching:
-                ask: Headers = [(b"www-authenticate", b'Bearer, Basic realm="finial"')]
+                # Two headers: Chromium does not find Basic behind another challenge in one.
+                ask: Headers = [(b"www-authenticate", b'Basic realm="finial"'), (b"www-authenticate", b"Bearer")]
                 return 401, "the API key is missing or wrong; send Authorization: Bearer KEY", ask
             if len(self._keys) > 1:
                 state["client"] = f"key {matching.index(True) + 1}"

@@ -211,6 +211,21 @@ class EmbeddingReply(Struct, tag_field="object", tag="list"):
     usage: EmbeddingUsage
 
 
+class Facts(Struct):
+    """How a model is run, and what its speed is to be compared with; beyond OpenAI's API.
+
+    `step_bytes` are what a step must read before any cache, `kv_bytes_per_token` what it reads more for each cached
+    position; `read_gb_s` was measured when the server started (1e9 bytes per second), null where it is unknown.
+    """
+
+    format: str
+    backend: str
+    thinking: bool
+    step_bytes: int
+    kv_bytes_per_token: int
+    read_gb_s: float | None
+
+
 class Model(Struct, tag_field="object", tag="model"):
     """A model that is served."""
 
@@ -218,6 +233,7 @@ class Model(Struct, tag_field="object", tag="model"):
     created: int
     owned_by: str
     max_context: int
+    finial: Facts | UnsetType = UNSET
 
 
 class ModelList(Struct, tag_field="object", tag="list"):

@@ -72,6 +72,7 @@ class Run:
         self._text: Text | None = service.llm.tokenizer if service.llm.info.tokenizer else None
         self._stream = bool(request.stream)
         self._include_usage = request.stream_options is not None and request.stream_options.include_usage
+        self._usage_so_far = request.stream_options is not None and request.stream_options.continuous_usage_stats
 
     def submit(self, client: str) -> None:
         """Give all sequences to the engine."""
@@ -157,7 +158,7 @@ class Run:
                     _check(handle)
                 chunk = self._chunk(index, pieces)
                 if chunk is not None:
-                    chunk.usage = usage
+                    chunk.usage = self.usage if self._usage_so_far else usage
                     chunks.append(chunk)
             live = [
                 (index, handle)

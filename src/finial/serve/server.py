@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import socket
 import sys
 import threading
@@ -28,6 +29,7 @@ from finial.serve.app import Gate, build_app
 from finial.serve.guard import ANY, LOOPBACK_NAMES, Access, Guard, is_loopback, stderr_log
 from finial.serve.prompts import TEMPLATE_OPTIONS
 from finial.serve.service import MAX_QUEUE, Service
+from finial.serve.site import page_routes
 
 HEAD_S = 10.0  # for the head of a request to arrive
 HEAD_BYTES = 64 << 10
@@ -198,7 +200,7 @@ async def _serve(
 ) -> None:
     gate = Gate()
     log = stderr_log if settings.access_log else None
-    app = Guard(build_app(gate), settings.access, log, settings.log_prompts, gate.meter.request)
+    app = Guard(build_app(gate, page_routes()), settings.access, log, settings.log_prompts, gate.meter.request)
     config = uvicorn.Config(
         app,
         http=_Protocol,
@@ -225,13 +227,16 @@ async def _serve(
         raise loading.exception()  # type: ignore[misc]
     llm = loading.result()
     try:
-        service = Service(
+        opened = functools.partial(
+            Service,
             llm,
             name=settings.name,
             max_queue=settings.max_queue,
             template_options=settings.template_options,
             meter=gate.meter,
+            measure=True,
         )
+        service = await asyncio.get_running_loop().run_in_executor(None, opened)
         await service.start()
         gate.service = service
         said(f"ready: {service.name}")

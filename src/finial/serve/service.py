@@ -18,14 +18,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from finial.engine.handle import Handle
 from finial.llm import LLM, normalised
+from finial.roofline import measure_read, step_reads
 from finial.serve.engine_thread import EngineThread, Watch
 from finial.serve.metrics import Meter
 from finial.serve.prompts import TEMPLATE_OPTIONS, Prepared, Preparer
-from finial.serve.replies import Embedding, EmbeddingReply, EmbeddingUsage, Model, ModelList
+from finial.serve.replies import Embedding, EmbeddingReply, EmbeddingUsage, Facts, Model, ModelList
 from finial.serve.runs import ChatRun, Run, TextRun
 from finial.serve.wire import (
     MAX_INPUTS,
@@ -54,6 +56,7 @@ class Service:
         max_queue: sequences that may wait; more are refused with BusyError.
         template_options: variables of the chat template that requests may set.
         meter: counts tokens; None: one of its own.
+        measure: measure the machine's read bandwidth now, with all cores for a third of a second, and tell clients.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Service:
         max_queue: int = MAX_QUEUE,
         template_options: Iterable[str] = TEMPLATE_OPTIONS,
         meter: Meter | None = None,
+        measure: bool = False,
     ) -> None:
         self.llm = llm
         self.name = name if name is not None else llm.info.model
@@ -75,6 +79,7 @@ class Service:
         self._preparing = 0  # sequences whose prompts are being made
         self._runs: set[Run] = set()
         self._pool = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="finial-prepare")
+        self._facts = self._measure() if measure else UNSET
 
     @property
     def waiting(self) -> int:
@@ -101,7 +106,19 @@ class Service:
     def models(self) -> ModelList:
         """The one model there is."""
         info = self.llm.info
-        return ModelList([Model(self.name, self.created, "finial", info.max_context)])
+        return ModelList([Model(self.name, self.created, "finial", info.max_context, self._facts)])
+
+    def _measure(self) -> Facts:
+        info, reads = self.llm.info, step_reads(self.llm, rows=1, length=0)
+        read = measure_read(self.llm, reads)
+        return Facts(
+            format=info.format,
+            backend=info.backend,
+            thinking=self.preparer.reasoning,
+            step_bytes=reads,
+            kv_bytes_per_token=info.kv_bytes_per_token,
+            read_gb_s=None if read is None else read.gb_s,
+        )
 
     async def chat(self, request: ChatRequest, client: str = "") -> ChatRun:
         """Begin to answer a conversation.

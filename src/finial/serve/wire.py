@@ -174,9 +174,12 @@ ResponseFormat = PlainFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat
 
 
 class StreamOptions(_Strict, kw_only=True):
-    """`include_usage`: one more chunk before the end, with the number of tokens."""
+    """`include_usage`: one more chunk before the end, with the number of tokens; `continuous_usage_stats`: every chunk
+    has it, so far (beyond OpenAI's API).
+    """
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 # --- requests ------------------------------------------------------------------------------------------------------

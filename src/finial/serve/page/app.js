@@ -4,7 +4,7 @@
 import { Failure, answer, model } from "/stream.js";
 import { Prose } from "/prose.js";
 import { Pace, facts, share } from "/pace.js";
-import { apiKey, bindSettings, options } from "/settings.js";
+import { apiKey, bindSettings, knowThinking, options } from "/settings.js";
 
 const $ = (id) => document.getElementById(id);
 const scroll = $("scroll");
@@ -43,6 +43,7 @@ async function learn() {
   $("welcome-name").textContent = served.id;
   document.title = `${served.id} · finial`;
   showFacts(facts(served));
+  knowThinking(served.finial?.thinking ?? true);
 }
 
 function showFacts(rows) {
@@ -164,7 +165,6 @@ async function speak(turn) {
   busy(null);
   announce(failed ? (stopped ? "Stopped" : "") : turn.answered);
   follow();
-  if (pace.wantsBandwidth) learn(); // measured while this was written, perhaps
 }
 
 const TITLES = { key: "Not allowed. ", busy: "Not now. ", refused: "Refused. ", lost: "Cut off. ", server: "Failed. " };

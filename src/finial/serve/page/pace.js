@@ -17,9 +17,9 @@ const tokens = (count) => `${count.toLocaleString("en")} ${count === 1 ? "token"
 export function facts(served) {
   const said = served.finial ?? {};
   const rows = [];
+  if (served.max_context) rows.push(["context", tokens(served.max_context)]);
   if (said.format) rows.push(["weights", said.format]);
   if (said.backend) rows.push(["on", said.backend]);
-  if (said.max_context) rows.push(["context", tokens(said.max_context)]);
   if (said.read_gb_s) rows.push(["memory", `${significant(said.read_gb_s)} GB/s`]);
   return rows;
 }
@@ -36,11 +36,12 @@ export class Pace {
   #line;
   #began = performance.now();
   #first = null;
-  #count = 0;
+  #count = 0; // tokens; chunks, as long as the server has not counted tokens
+  #counted = false;
+  #atFirst = 0;
   #recent = []; // [ms, tokens so far], the last two seconds
   #prompt = 0;
   #cached = 0;
-  #exact = null; // tokens/s as the server's own clock has them
   #reason = null;
   #shown = 0;
   #rate;
@@ -64,20 +65,17 @@ export class Pace {
     line.append(this.#rate, this.#roof, this.#rest);
   }
 
-  /** Whether the server had no bandwidth to tell when this began. */
-  get wantsBandwidth() {
-    return Boolean(this.#served?.finial && !this.#served.finial.read_gb_s);
-  }
-
   take(event) {
     const now = performance.now();
     if (event.text || event.thought) {
-      this.#first ??= now;
-      this.#count += 1;
+      if (!this.#counted) this.#count += 1;
+      if (this.#first === null) {
+        this.#first = now;
+        this.#atFirst = this.#count; // the first chunk may bring several
+      }
     }
-    if (event.finial?.tokens) this.#count = event.finial.tokens;
-    if (event.finial?.decode_tok_s) this.#exact = event.finial.decode_tok_s;
     if (event.usage) {
+      this.#counted = true;
       this.#count = event.usage.completion_tokens;
       this.#prompt = event.usage.prompt_tokens;
       this.#cached = event.usage.prompt_tokens_details?.cached_tokens ?? 0;
@@ -94,15 +92,15 @@ export class Pace {
 
   end(stopped) {
     const last = this.#recent.at(-1)?.[0];
-    let rate = this.#exact;
-    if (rate === null && this.#count > 1 && last > this.#first) rate = ((this.#count - 1) * 1000) / (last - this.#first);
-    if (rate !== null) this.#show(rate);
+    if (this.#count > this.#atFirst && last > this.#first) {
+      this.#show(((this.#count - this.#atFirst) * 1000) / (last - this.#first));
+    }
     const said = [];
     if (this.#count) said.push(tokens(this.#count));
     if (this.#first !== null) said.push(`first after ${significant((this.#first - this.#began) / 1000)} s`);
-    if (this.#cached) said.push(`${this.#cached.toLocaleString("en")} of ${tokens(this.#prompt)} reused`);
+    if (this.#cached) said.push(`${this.#cached.toLocaleString("en")} reused`);
     if (stopped) said.push("stopped");
-    else if (this.#reason === "length") said.push("cut at the limit of tokens");
+    else if (this.#reason === "length") said.push("at its limit");
     this.#rest.textContent = said.join(" · ");
     if (!said.length) this.#line.replaceChildren();
   }

@@ -37,8 +37,13 @@ export function options() {
     const field = $(name);
     if (field.value !== "" && field.validity.valid) set[name === "max_tokens" ? "max_completion_tokens" : name] = field.valueAsNumber;
   }
-  if (!$("thinking").checked) set.chat_template_kwargs = { enable_thinking: false };
+  if (!$("thinking").checked && !$("thinking").hidden) set.chat_template_kwargs = { enable_thinking: false };
   return set;
+}
+
+/** Whether the model can think: if not, there is nothing to switch. */
+export function knowThinking(can) {
+  $("thinking").hidden = $("thinking-label").hidden = !can;
 }
 
 export function bindSettings() {

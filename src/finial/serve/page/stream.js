@@ -1,7 +1,7 @@
 // The server's API as the page uses it: the model's facts, and one answer as a stream of events.
 // Knows HTTP, server-sent events and what failures mean; nothing of the document.
 //
-//   for await (const event of answer(request, key, signal)) …   // {thought} {text} {usage} {reason} {finial}
+//   for await (const event of answer(request, key, signal)) …   // {thought} {text} {usage} {reason}
 
 /** A failure in words for a person; `kind` is "key", "busy", "refused", "lost" or "server". */
 export class Failure extends Error {
@@ -11,12 +11,13 @@ export class Failure extends Error {
   }
 }
 
-const headers = (key) => (key ? { Authorization: `Bearer ${key}` } : {});
-
-async function ask(path, options) {
+async function ask(path, key, options = {}) {
+  // With a key of the page's own, the browser's is left out: it would ask for another one when this is refused.
+  const credentials = key ? "omit" : "same-origin";
+  const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
   let response;
   try {
-    response = await fetch(path, { cache: "no-store", credentials: "omit", redirect: "error", ...options });
+    response = await fetch(path, { cache: "no-store", redirect: "error", ...options, credentials, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Failure("lost", "The server cannot be reached.");
@@ -44,7 +45,7 @@ async function failure(response) {
 
 /** The first model that the server names, with what finial says about it. */
 export async function model(key) {
-  const response = await ask("/v1/models", { headers: headers(key) });
+  const response = await ask("/v1/models", key);
   const first = (await response.json()).data?.[0];
   if (!first) throw new Failure("server", "The server names no model.");
   return first;
@@ -52,17 +53,17 @@ export async function model(key) {
 
 /** The events of one answer; throws a Failure, or AbortError when `signal` ended it. */
 export async function* answer(request, key, signal) {
-  const response = await ask("/v1/chat/completions", {
+  const response = await ask("/v1/chat/completions", key, {
     method: "POST",
-    headers: { "Content-Type": "application/json", ...headers(key) },
-    body: JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } }),
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } }),
     signal,
   });
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
     if (chunk.error) throw new Failure("server", chunk.error.message || "The answer failed.");
-    if (chunk.finial) yield { finial: chunk.finial };
+    if (chunk.usage) yield { usage: chunk.usage };
     const choice = chunk.choices?.[0];
     if (choice) {
       const thought = choice.delta?.reasoning_content;
@@ -71,7 +72,6 @@ export async function* answer(request, key, signal) {
       if (text) yield { text };
       if (choice.finish_reason) yield { reason: choice.finish_reason };
     }
-    if (chunk.usage) yield { usage: chunk.usage };
   }
   throw new Failure("lost", "The connection ended in the middle of the answer.");
 }
