@@ -18,6 +18,7 @@ import typer
 from finial import __version__
 from finial.cli import console
 from finial.cli.batch import batch
+from finial.cli.bench import bench, compare, report
 from finial.cli.chat import chat as chat_command
 from finial.cli.look import doctor, info
 from finial.cli.make import convert, pull, synth
@@ -39,7 +40,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (run_command, chat_command, serve, batch, info, doctor, pull, convert, synth):
+for _command in (run_command, chat_command, serve, batch, info, doctor, pull, convert, synth, bench, compare, report):
     app.command()(_command)
 
 

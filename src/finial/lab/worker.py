@@ -50,7 +50,8 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=self._log,
                 env={**os.environ, **environment},
-                start_new_session=True,
+                # A group of its own, in this session: Linux shares processor time out by session (sched(7), autogroup).
+                process_group=0 if os.name == "posix" else None,
             )
         except OSError as error:
             self._log.close()

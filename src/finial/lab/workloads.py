@@ -182,7 +182,18 @@ def _cache(sizes: Sizes) -> list[Workload]:
     return [Workload(f"depth {d:,}", "decode", depth=d, new=new, caches=(True, False)) for d in depths]
 
 
+def _quick(sizes: Sizes) -> list[Workload]:
+    lengths, new = BATCH_CASES["batch_4_short"]
+    prompt = min(512, sizes.limit // 2)
+    return [
+        Workload("decode at depth 32", "decode", depth=32, new=129, slow=True),
+        Workload(f"prompt of {prompt}", "prompt", depth=prompt, new=1, slow=True),
+        Workload("batch_4_short", "generate", depth=lengths[0], new=new, sequences=4, slow=True),
+    ]
+
+
 FAMILIES: Mapping[str, Family] = {
+    "quick": Family("one decode rate, one prompt, one batch: what a run without arguments measures", _quick),
     "latency": Family("a whole request: prompt read, then tokens one by one", _latency),
     "decode": Family("tokens per second after the first one", _decode),
     "depth": Family("one decode step at cache positions 1, 2, 4, … up to the limit, on a filled cache", _depth),

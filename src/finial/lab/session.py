@@ -1,0 +1,251 @@
+"""A whole run as a person asks for it: model, engines and plan in, a record out, resumed when it was interrupted.
+
+Knows the lab's parts and the disk; prints through `say` alone.
+
+    session = Session.prepare("demo", plan, places, engines, out); session.run(say)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+import finial
+from finial.errors import RequestError
+from finial.files.checkpoint import Checkpoint, open_checkpoint
+from finial.files.hub import resolve
+from finial.lab.engines.setup import missing
+from finial.lab.engines.table import ENGINES, Engine, Places
+from finial.lab.estimate import estimate, workload_seconds
+from finial.lab.limits import Probe, busy
+from finial.lab.plan import Plan
+from finial.lab.probes.state import read_state, warnings
+from finial.lab.record import Record
+from finial.lab.runner import Runner
+from finial.lab.verdicts import Judge
+from finial.lab.workloads import DEMO, Group
+from finial.machine import describe
+
+CACHE = Path.home() / ".cache" / "finial"
+BUSY = 0.05  # share of the machine that others may take before a run is doubtful
+MEMORY_SHARE = 0.9  # of the machine's memory that one engine may hold
+IDLE_S = 2.0  # of measuring what the idle machine takes
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a person called it, and where it is."""
+
+    name: str
+    path: Path
+    checkpoint: Checkpoint
+
+    @staticmethod
+    def find(text: str) -> Model:
+        """FileError or ModelError when it is none."""
+        path = resolve(text)
+        name = DEMO if text == DEMO else path.stem if path.suffix == ".gguf" else path.name
+        if name == "" or "/" in name:
+            name = "model"
+        if text not in (DEMO, str(path)) and "/" in text and not Path(text).exists():
+            name = text.split("@")[0].split("/")[-1]  # a hub name; its directory is called by a commit
+        return Model(name, path, open_checkpoint(path))
+
+    def places(self, engines: Path, pythons: dict[str, Path], cache: Path = CACHE) -> Places:
+        """Files that engines need of it are kept beside those of other models, by where it lies and when it changed."""
+        newest = max((f.stat().st_mtime_ns for f in self._files()), default=0)
+        key = hashlib.sha256(f"{self.path.resolve()} {newest}".encode()).hexdigest()[:12]
+        own = {} if self.name == DEMO else {self.name: self.path}
+        return Places(engines, cache / "bench" / f"{self.name}-{key}", pythons, own)
+
+    def _files(self) -> list[Path]:
+        if self.path.is_file():
+            return [self.path]
+        return sorted(
+            f for f in self.path.iterdir() if f.suffix in (".safetensors", ".gguf") or f.name == "config.json"
+        )
+
+    def hashes(self) -> dict[str, dict[str, Any]]:
+        """Name -> size and SHA-256 of its weights and configuration."""
+        found = {}
+        for file in self._files():
+            with file.open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            found[file.name] = {"bytes": file.stat().st_size, "sha256": digest}
+        return found
+
+
+def choose(
+    names: Sequence[str], places: Places, quick: bool, formats: Sequence[str]
+) -> tuple[list[Engine], dict[str, str]]:
+    """Engines to measure, and why others are left out.
+
+    Args:
+        names: asked for; those are measured, or fail in their row.  Empty: all that are installed.
+        quick: leave out what takes longer to start than everything else takes to run.
+    Raises:
+        RequestError: an unknown name.
+    """
+    unknown = [name for name in names if name not in ENGINES]
+    if unknown:
+        raise RequestError(f"no engine {unknown[0]!r}", fix=f"choose of {', '.join(ENGINES)}")
+    if names:
+        return [ENGINES[name] for name in dict.fromkeys(names)], {}
+    chosen, left = [], {}
+    for engine in ENGINES.values():
+        reason = "" if set(formats) & set(engine.formats) else f"it has no file of format {', '.join(formats)}"
+        reason = reason or missing(engine, places)
+        if not reason and quick and engine.options.get("compile"):
+            reason = f"it compiles for longer than all others run: --engine {engine.name!r}"
+        if reason:
+            left[engine.name] = reason
+        else:
+            chosen.append(engine)
+    return chosen, left
+
+
+class Session:
+    """A run that is about to happen.
+
+    Attributes:
+        groups: what will be measured; seconds: how long it will take, within a factor of two or three.
+        resumed: cells that are there already.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        plan: Plan,
+        places: Places,
+        engines: Sequence[Engine],
+        out: Path,
+        command: Sequence[str] = (),
+        fresh: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """Opens the record at `out` when it is there.
+
+        Raises:
+            RequestError: a workload that does not fit the model; a record of another plan.
+            FileError: `out` is no record.
+        """
+        config = model.checkpoint.config
+        sizes = replace(plan.sizes, limit=min(plan.sizes.limit, config.max_context))
+        self.groups: list[Group] = replace(plan, sizes=sizes).groups(model.name)
+        self._model, self._places, self._engines, self._seed = model, places, list(engines), seed
+        self.seconds = estimate(self.groups, self._engines, model.checkpoint.nbytes)
+        key = {
+            "model": model.name,
+            "engines": [engine.name for engine in engines],
+            "groups": [{"format": g.format, "threads": g.threads, "starts": g.starts} for g in self.groups],
+            "workloads": [asdict(w) for w in self.groups[0].workloads],
+        }
+        key = _plain(key)
+        if out.exists() and not fresh:
+            self.record = Record.open(out)
+            if self.record.data.plan != key:
+                raise RequestError(f"{out} is the record of another plan", fix="give another --out, or --fresh")
+        else:
+            self.record = Record.create(
+                out,
+                plan=key,
+                started=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+                commit=version(),
+                machine=_plain(describe().to_dict()),
+                busy=None,
+            )
+            self.record.data.command = list(command)
+        self.resumed = len(self.record.cells)
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything is in the record."""
+        return all(
+            f"{group.key}/{w.name}" in self.record.cells
+            for group in self.groups
+            for w in group.workloads
+            if any(e.runs(group.format, w) for e in self._engines)
+        )
+
+    def cell_seconds(self) -> dict[str, float]:
+        """Estimate of every cell that is not there yet, by key."""
+        size = self._model.checkpoint.nbytes
+        return {
+            key: workload_seconds(group, w, self._engines, size)
+            for group in self.groups
+            for w in group.workloads
+            if (key := f"{group.key}/{w.name}") not in self.record.cells
+        }
+
+    def run(
+        self, say: Say, tick: Callable[[str], None] = lambda key: None, judged: bool = True, probe: Any = None
+    ) -> None:
+        """Measure what is missing; KeyboardInterrupt leaves a record that can be resumed."""
+        data = self.record.data
+        taken, before = busy(), read_state()
+        if data.busy is None:
+            data.busy = taken
+        if taken is not None and taken > BUSY:
+            say(f"WARNING: {taken:.0%} of this machine is taken by something else: the numbers will be wrong")
+        probe = probe if probe is not None else Probe(CACHE)
+        if getattr(probe, "error", ""):
+            _add(data.warnings, f"No core-to-core latency and no arithmetic peak: {probe.error}.")
+        data.files.update(self._model.hashes())
+        data.versions = {"finial": finial.__version__, "python": platform.python_version(), "numpy": numpy.__version__}
+        idle = _idle(probe)
+        if idle:
+            data.idle_w["empty"] = idle
+        total = data.machine["memory"]["total_bytes"]
+        limit = None if total is None else int(MEMORY_SHARE * total)
+        runner = Runner(self.record, self._places, self._engines, probe, say, self._seed, limit, tick)
+        with Judge(self._places, max(group.threads for group in self.groups)) as judge:
+            for group in self.groups:
+                runner.group(group, judge if judged else None)
+        after = read_state()
+        data.states = _plain({"before": before.to_dict(), "after": after.to_dict()})
+        for warning in warnings(before, after):
+            _add(data.warnings, warning[0].upper() + warning[1:] + ".")
+        self.record.save()
+
+
+def _idle(probe: Any) -> dict[str, float]:
+    """Watts of every counter while nothing runs."""
+    start, at = probe.energy(), time.perf_counter()
+    if not start:
+        return {}
+    time.sleep(IDLE_S)
+    end, seconds = probe.energy(), time.perf_counter() - at
+    return {name: (end[name] - joules) / seconds for name, joules in start.items() if name in end}
+
+
+def _add(warnings: list[str], text: str) -> None:
+    if text not in warnings:
+        warnings.append(text)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: lists for tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def version() -> str:
+    """Commit of the sources, or the version of the package."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return finial.__version__
+    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else finial.__version__

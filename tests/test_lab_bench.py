@@ -1,0 +1,215 @@
+"""Whole runs: the demo model on several engines, `finial bench` killed and resumed, answers and comparisons."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import finial
+from finial.errors import RequestError
+from finial.lab.answer import answer
+from finial.lab.compare import compare
+from finial.lab.engines.table import ENGINES, Engine
+from finial.lab.plan import PRESETS, Plan
+from finial.lab.record import Cell, Record, Row, Sample, Verdict
+from finial.lab.report import csv_text, markdown_text
+from finial.lab.session import Model, Session, choose
+from finial.lab.workloads import Sizes, Workload
+from finial.machine import describe
+
+ROOT = Path(__file__).parent.parent
+DECODE = Workload("decode", "decode")
+
+
+def environment(home: Path) -> dict[str, str]:
+    source = str(Path(finial.__file__).parent.parent)
+    return {**os.environ, "PYTHONPATH": source, "HOME": str(home), "COLUMNS": "160"}
+
+
+def bench(home: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "finial.cli", "bench", *arguments]
+    done = subprocess.run(command, env=environment(home), cwd=home, capture_output=True, text=True, timeout=110)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_model_on_four_engines(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("xllamacpp")
+    model = Model.find("demo")
+    places = model.places(tmp_path / "engines", {"transformers": Path(sys.executable)}, tmp_path)
+    llama = Engine("llama.cpp", str(ROOT / "tests" / "lab_xllamacpp.py"), "json", "", {"stored": "-stored.gguf"})
+    engines = [ENGINES["finial"], ENGINES["finial reference"], ENGINES["transformers eager"], llama]
+    sizes = Sizes(generate=(9,), depth=(24,), prompt=(48,), rounds=3)
+    plan = Plan.of(["decode", "prefill"], sizes, threads=[1], usable=1)
+    lines: list[str] = []
+    session = Session(model, plan, places, engines, tmp_path / "record.json", ["finial", "bench"])
+    session.run(lines.append)
+
+    data = Record.open(tmp_path / "record.json").data
+    names = [engine.name for engine in engines]
+    for key in ("demo/stored/1/decode at depth 24", "demo/stored/1/prompt of 48"):
+        rows = data.cells[key].engines
+        assert {name: (rows[name].status, rows[name].reason) for name in names} == dict.fromkeys(names, ("ok", ""))
+        assert all(len(rows[name].samples) == 3 and rows[name].precision for name in names)
+    verdicts = data.verdicts["demo/stored"]
+    assert all(not verdicts[name].error and not verdicts[name].flaws for name in names)
+    for name in ("finial", "finial reference", "transformers eager"):
+        kl = verdicts[name].kl_mean
+        assert kl is not None and kl < 5e-3, "bf16 on one side"
+    assert verdicts["llama.cpp"].basis == "tokens" and (verdicts["llama.cpp"].greedy_agreement or 0) > 0.8
+    assert any(name.endswith(".safetensors") and len(file["sha256"]) == 64 for name, file in data.files.items())
+    found = answer(data)
+    assert found.sentence.startswith("Use ") and "GB/s" in found.limit
+    assert {s.engine for s in found.tables[0].standings} == set(names)
+    page = markdown_text([data])
+    assert all(name in page for name in names) and "verdict against the float32 reference" in page
+    rows_of_csv = list(csv.DictReader(io.StringIO(csv_text([data]))))
+    assert len(rows_of_csv) == 2 * 4 * 3 and {row["status"] for row in rows_of_csv} == {"ok"}
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    arguments = ["-e", "finial", "-w", "depth", "--depth", "4,8,16,32", "--rounds", "4", "--out", "r.json"]
+    command = [sys.executable, "-m", "finial.cli", "bench", *arguments]
+    running = subprocess.Popen(command, env=environment(tmp_path), cwd=tmp_path, stderr=subprocess.DEVNULL)
+    record = tmp_path / "r.json"
+    deadline = time.monotonic() + 60
+    while not record.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    before = Record.open(record).cells
+    assert before, "it had saved a cell"
+    done = bench(tmp_path, *arguments)
+    after = Record.open(record).cells
+    assert len(after) == 4 and all(after[key].at == cell.at for key, cell in before.items())
+    assert "going on with" in done.stderr or len(before) == 4
+    assert "Use finial" in done.stdout and "of the limit" in done.stdout
+    other = bench(tmp_path, *arguments, "--seed", "1", "--depth", "4", check=False)
+    assert other.returncode == 2 and "another plan" in other.stderr
+    if Path("/proc").exists():
+        left = [p for p in Path("/proc").glob("[0-9]*/environ") if str(tmp_path).encode() in _bytes(p)]
+        assert not left, "engines end with the run that started them"
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_what_would_run(tmp_path: Path) -> None:
+    done = bench(tmp_path, "--dry-run", "-e", "finial", "-w", "depth", "--depth", "1:256:x4", "--threads", "1,2")
+    assert "depth 64" in done.stdout and "2 threads" in done.stdout and "in all" in done.stdout
+    assert not list(tmp_path.glob("*.json"))
+    shown = bench(tmp_path, "--list").stdout
+    assert all(name in shown for name in PRESETS)
+    for arguments, words in (
+        (["-w", "dept"], "choose of"),
+        (["--preset", "x"], "choose of"),
+        (["-e", "x"], "choose of"),
+        (["-w", "depth", "--depth", "1:99999:x2"], "positions"),
+        (["--depth", "x"], "no range"),
+        (["--python", "x"], "ENVIRONMENT=PATH"),
+    ):
+        wrong = bench(tmp_path, *arguments, "--dry-run", check=False)
+        assert wrong.returncode == 2 and words in wrong.stderr, arguments
+
+
+# --- plans -------------------------------------------------------------------------------------------------------
+
+
+def test_presets_have_the_shape_of_their_tables() -> None:
+    def groups(preset: str) -> list[Any]:
+        return Plan.of([], Sizes(limit=40960), usable=2, preset=preset).groups("m")
+
+    assert all(w.caches == (True, False) for w in groups("cached-uncached")[0].workloads)
+    assert [w.name for w in groups("batch-cases")[0].workloads] == [
+        *("single_short", "single_medium", "batch_4_short", "batch_4_medium", "batch_3_mixed")
+    ]
+    assert groups("decode-by-position")[0].workloads[-1].depth >= 32640
+    assert groups("frameworks")[0].starts == 3
+    assert groups("cpu-gpu")[0].workloads[0].kind == "generate"
+    with pytest.raises(RequestError, match="choose of"):
+        groups("nothing")
+
+
+def test_formats_and_threads_are_groups() -> None:
+    assert [g.format for g in Plan.of(["formats"], Sizes(), usable=2).groups("m")] == ["bf16", "q8_0", "q4_0"]
+    assert [g.threads for g in Plan.of(["threads"], Sizes(), usable=6).groups("m")] == [1, 2, 4, 6]
+
+
+def test_engines_that_are_not_there_are_named(tmp_path: Path) -> None:
+    places = Model.find("demo").places(tmp_path, {}, tmp_path)
+    chosen, left = choose([], places, True, ("stored",))
+    assert {"finial", "finial reference"} <= {engine.name for engine in chosen}
+    assert "not installed" in left["llama.cpp"]
+    assert [e.name for e in choose(["llama.cpp"], places, True, ("stored",))[0]] == ["llama.cpp"]
+
+
+# --- answers and comparisons ---------------------------------------------------------------------------------------
+
+
+def record(tmp_path: Path, name: str, started: str = "then", **values: Sequence[float]) -> Record:
+    made = Record.create(
+        tmp_path / name, plan={}, started=started, commit="c", machine=json.loads(json.dumps(describe().to_dict())),
+        busy=0.0,
+    )  # fmt: skip
+    rows = {engine: Row(samples=[Sample(round=r, value=v) for r, v in enumerate(v)]) for engine, v in values.items()}
+    made.cells["m/bf16/2/decode"] = Cell("m", "bf16", 2, DECODE, None, None, rows)
+    made.data.verdicts["m/bf16"] = {engine: Verdict(positions=9, kl_mean=1e-4, top1=1.0) for engine in values}
+    made.save()
+    return made
+
+
+def test_the_sentence_says_what_to_use(tmp_path: Path) -> None:
+    clear = answer(record(tmp_path, "a.json", finial=[20, 21, 22, 20, 21], other=[10, 10.5, 11, 10, 10.5]).data)
+    assert clear.sentence.startswith("Use finial: 2.00 × [2.00, 2.00] the speed of other")
+    assert "says the same" in clear.sentence
+    tie = answer(record(tmp_path, "b.json", finial=[20, 10, 22, 9, 21], other=[10, 20, 9, 22, 10]).data)
+    assert "no difference shown" in tie.sentence
+    none = record(tmp_path, "c.json", finial=[])
+    none.cells["m/bf16/2/decode"].engines["finial"] = Row("failed", "it died")
+    assert "No engine gave a number" in answer(none.data).sentence
+
+
+def test_comparison_finds_what_is_slower_broken_or_gone(tmp_path: Path) -> None:
+    flat = [10.0, 10.1, 9.9, 10.0, 10.05]
+    old = record(tmp_path, "old.json", same=flat, slow=flat, fast=flat, broken=flat, gone=flat, wrong=flat)
+    new = record(
+        tmp_path, "new.json", "later", same=flat, slow=[v / 2 for v in flat], fast=[2 * v for v in flat], broken=flat,
+        wrong=flat, new=flat,
+    )  # fmt: skip
+    new.cells["m/bf16/2/decode"].engines["broken"] = Row("failed", "it died")
+    new.data.verdicts["m/bf16"]["wrong"].kl_mean = 0.5
+    new.save()
+    lines = {line.engine: line for line in compare(old.data, new.data)}
+    assert {name: line.verdict for name, line in lines.items()} == {
+        "same": "no difference shown", "slow": "slower", "fast": "faster", "broken": "broken", "gone": "gone",
+        "wrong": "broken", "new": "new",
+    }  # fmt: skip
+    assert lines["broken"].note == "it died" and "divergence" in lines["wrong"].note
+    assert lines["fast"].ratio is not None and lines["fast"].ratio.median == pytest.approx(2)
+    assert compare(old.data, new.data, tolerance=0.6)[1].verdict != "slower"
+
+    command = [sys.executable, "-m", "finial.cli", "compare", str(old.path)]
+    worse, equal = (
+        subprocess.run([*command, str(path)], env=environment(tmp_path), capture_output=True, text=True)
+        for path in (new.path, old.path)
+    )
+    assert worse.returncode == 1 and "slower" in worse.stdout and equal.returncode == 0, worse.stderr
