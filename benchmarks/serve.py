@@ -67,7 +67,7 @@ def command(kind: str, options: argparse.Namespace, port: int) -> list[str]:
             return [sys.executable, "-c", XLLAMACPP, options.gguf, str(port), clients, context, str(options.threads)]
         case "llama-cpp-python":
             line = [options.llama_cpp_python, "-m", "llama_cpp.server", "--model", options.gguf, "--port", str(port)]
-            return [*line, "--n_ctx", context, "--n_threads", str(options.threads), "--verbose", "false"]
+            return [*line, "--n_ctx", context, "--n_threads", str(options.threads), "--interrupt_requests", "false"]
     raise SystemExit(f"no server {kind!r}")
 
 

@@ -9,10 +9,12 @@ in threads of its own when that takes longer than handing it over.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -88,7 +90,7 @@ class Grammars:
         self._eos = sorted(set(eos_ids))
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="finial-grammar")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="finial-grammar", initializer=_anywhere())
 
     def guide(self, grammar: str, *, after: str | None = None, again: bool = False) -> Guide:
         """A constraint for one sequence; `copy` it for another.
@@ -118,6 +120,19 @@ class Grammars:
                 wrapped = TokenizerWrapper(_Vocabulary(self._text, self._size, self._eos[0]))
                 self._tokenizer = LLTokenizer(wrapped, n_vocab=self._size, eos_token=self._eos)
             return self._tokenizer
+
+
+def _anywhere() -> Callable[[], None]:
+    """Lets a thread use all cores of this one: started by the engine's thread, it would inherit that one's core."""
+    if not hasattr(os, "sched_setaffinity"):
+        return lambda: None
+    cores = os.sched_getaffinity(0)
+
+    def set_cores() -> None:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, cores)
+
+    return set_cores
 
 
 class _Vocabulary:

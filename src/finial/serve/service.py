@@ -73,7 +73,8 @@ class Service:
         self.name = name if name is not None else llm.info.model
         self.created = int(time.time())
         self.draining = False
-        self.thread = EngineThread(llm.engine, meter)
+        on_cpu = "cpu" in llm.info.backend.split("+")
+        self.thread = EngineThread(llm.engine, meter, keep_core=on_cpu and llm.info.threads != 1)
         self.preparer = Preparer(llm, template_options)
         self.limit = llm.info.max_batch + max_queue
         self._preparing = 0  # sequences whose prompts are being made
