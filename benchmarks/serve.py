@@ -105,7 +105,8 @@ async def load(port: int, options: argparse.Namespace, seed: int) -> dict[str, A
             body |= {"ignore_eos": True} if options.ignore_eos else {}
             if options.stream:
                 body |= {"stream": True, "stream_options": {"include_usage": True}}
-            tokens, first, _ = await ask(port, json.dumps(body).encode())
+            async with asyncio.timeout(60):
+                tokens, first, _ = await ask(port, json.dumps(body).encode())
             made += tokens
             firsts.append(first)
         return made, firsts
@@ -170,7 +171,9 @@ def main() -> None:
             f"{kinds[0]} / {kind}: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}"
         )
     if options.out:
-        options.out.write_text(json.dumps({"command": sys.argv, "runs": runs}, indent=1) + "\n")
+        shown = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+        record = {"command": "python -m benchmarks.serve " + " ".join(shown), "runs": runs}
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
