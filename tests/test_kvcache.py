@@ -94,6 +94,21 @@ def test_a_forgotten_page_stays_with_its_holder() -> None:
     assert pool.available == 2
 
 
+def test_sequences_that_grow_side_by_side_keep_their_pages_together() -> None:
+    pool = PagePool(34, 32)  # runs of 8 pages, the last of 2
+    sequences: list[list[int]] = [[], [], []]
+    for _ in range(9):
+        for pages in sequences:
+            pages.append(pool.allocate(pages[-1] if pages else None))
+        pool.check()
+    assert [pages[:8] for pages in sequences] == [list(range(at, at + 8)) for at in (0, 8, 16)]
+    assert [pages[8] for pages in sequences] == [24, 32, 25], "whole runs first, then what there is"
+    pool.release(sequences[1])
+    pool.check()
+    assert [pool.allocate() for _ in range(2)] == [8, 32], "the runs that became free again"
+    pool.check()
+
+
 def test_double_release_is_caught() -> None:
     pool = PagePool(2, 1)
     page = pool.allocate()

@@ -8,7 +8,8 @@ Integers only; knows nothing of arrays, models, or what a page contains beyond t
 A full page is remembered under (serial of the page before it, its own token ids), compared by content: two different
 prefixes can never be taken for one another.  A serial is given once and never again, so when a page is forgotten, what
 followed it can no longer be reached by mistake.  Only full pages are shared, and a full page is never written again,
-so nothing is ever copied.  The idea of sharing whole pages is that of vLLM (Kwon et al. 2023, arXiv:2309.06180, 4.3).
+so nothing is ever copied.  A sequence's pages follow each other where they can: a run of neighbours is memory that is
+read in one go.  The idea of sharing whole pages is that of vLLM (Kwon et al. 2023, arXiv:2309.06180, 4.3).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 ROOT = 0  # the serial before the first page of every sequence
+
+RUN = 256  # positions whose pages are dealt out together: what the kernels of attention take at once
 
 _Key = tuple[int, tuple[int, ...]]
 
@@ -40,7 +43,10 @@ class PagePool:
         self.max_idle = pages if max_idle is None else max_idle
         self.releases = 0  # grows whenever pages may have become available: tells a queue when to look again
         self._next_serial = ROOT + 1
-        self._free: list[int] = []
+        self._run = max(1, RUN // page_size)  # pages
+        self._free: dict[int, None] = {}  # freed last: last
+        self._whole: dict[int, None] = {}  # runs of which all pages are free
+        self._left: list[int] = []  # free pages of each run
         self._refs: list[int] = []
         self._keys: list[_Key | None] = []
         self._serials: list[int] = []
@@ -50,7 +56,10 @@ class PagePool:
 
     def clear(self) -> None:
         """Forget everything: all pages are free.  Whoever held pages must drop its list."""
-        self._free = list(range(self.pages - 1, -1, -1))
+        runs = -(-self.pages // self._run)
+        self._free = dict.fromkeys(range(self.pages - 1, -1, -1))
+        self._whole = dict.fromkeys(range(runs - 1, -1, -1))
+        self._left = [min(self._run, self.pages - run * self._run) for run in range(runs)]
         self._refs = [0] * self.pages
         self._keys = [None] * self.pages
         self._serials = [ROOT] * self.pages
@@ -77,10 +86,21 @@ class PagePool:
         """How many pages hold that many positions."""
         return -(-positions // self.page_size)
 
-    def allocate(self) -> int:
-        """A page with one reference; evicts the least recently used idle page when none is free."""
+    def allocate(self, after: int | None = None) -> int:
+        """A page with one reference; evicts the least recently used idle page when none is free.
+
+        Args:
+            after: the page before it in its sequence.  The next one is given if it is free, else the first of a run
+                that is free as a whole, so that sequences which grow side by side do not take every other page.
+        """
         if self._free:
-            page = self._free.pop()
+            if after is not None and after + 1 in self._free:
+                page = after + 1
+            elif self._whole:
+                page = self._whole.popitem()[0] * self._run
+            else:
+                page = self._free.popitem()[0]
+            self._take(page)
         else:
             assert self._idle, "allocate() without an available page"
             page, _ = self._idle.popitem(last=False)
@@ -143,7 +163,7 @@ class PagePool:
         self._drop_key(page)
         if self._refs[page] == 0 and page in self._idle:
             del self._idle[page]
-            self._free.append(page)
+            self._put(page)
 
     def release(self, pages: Sequence[int]) -> None:
         """Give one reference of each page back.  Cached ones become idle, the last page the first to be evicted."""
@@ -154,13 +174,28 @@ class PagePool:
             self._refs[page] = left
             if left == 0:
                 if self._keys[page] is None:
-                    self._free.append(page)
+                    self._put(page)
                 else:
                     self._idle[page] = None
         while len(self._idle) > self.max_idle:
             page, _ = self._idle.popitem(last=False)
             self._drop_key(page)
-            self._free.append(page)
+            self._put(page)
+
+    def _take(self, page: int) -> None:
+        """Out of the free pages, if it is still among them."""
+        self._free.pop(page, None)
+        run = page // self._run
+        self._left[run] -= 1
+        self._whole.pop(run, None)
+
+    def _put(self, page: int) -> None:
+        """To the free pages."""
+        self._free[page] = None
+        run = page // self._run
+        self._left[run] += 1
+        if self._left[run] == min(self._run, self.pages - run * self._run):
+            self._whole[run] = None
 
     def _drop_key(self, page: int) -> None:
         key = self._keys[page]
@@ -172,8 +207,10 @@ class PagePool:
     def check(self) -> None:
         """Assert that every page is in exactly one place.  O(pages): for tests."""
         free, idle = set(self._free), set(self._idle)
+        runs = [range(at, min(at + self._run, self.pages)) for at in range(0, self.pages, self._run)]
+        assert [len(free.intersection(run)) for run in runs] == self._left
+        assert set(self._whole) == {at for at, run in enumerate(runs) if free.issuperset(run)}
         held = {page for page in range(self.pages) if self._refs[page] > 0}
-        assert len(free) == len(self._free), "a page is free twice"
         assert len(free) + len(idle) + len(held) == self.pages, (free, idle, held)
         assert free | idle | held == set(range(self.pages)), (free, idle, held)
         assert all(self._keys[page] is None for page in free), "a free page is still cached"

@@ -261,7 +261,7 @@ class Scheduler:
             if victim is sequence:
                 return False
         for _ in range(need):
-            sequence.pages.append(self.pool.allocate())
+            sequence.pages.append(self.pool.allocate(sequence.pages[-1] if sequence.pages else None))
         return True
 
     def _admit(self, budget: int) -> Chunk | None:
@@ -296,7 +296,7 @@ class Scheduler:
         self.running.append(sequence)
         chunk = self._chunk(sequence, self._share(sequence, budget, len(self.running)))
         for _ in range(self.pool.pages_for(chunk.stop) - len(sequence.pages)):
-            sequence.pages.append(self.pool.allocate())
+            sequence.pages.append(self.pool.allocate(sequence.pages[-1] if sequence.pages else None))
         self._register(chunk)
         return chunk
 

@@ -15,10 +15,10 @@
 // QUERIES of them at a time, W / QUERIES keys at a time, BLOCK positions in the first-level cache.
 //
 // Per kv head and position: 2 row_bytes read (512 bytes at head_dim 128 in bf16), 4 head_dim flops for each query.
-// Measured on 2 Zen 4 cores, AVX-512, 16 query and 8 kv heads of 128, bf16, pages of 32 positions in random order. One
-// row at depths from 4,096: one thread reads 20.5-22 GB/s, 62-66 % of the read bandwidth beside it, two 31-32 GB/s,
-// 85-88 %. Prompts of 512 and 2,048: 83-92 and 165-180 GFLOP/s (a multiply-add each cycle would be 118 a thread).
-// python -m benchmarks.attention --threads 1 (or 2); records: benchmarks/results/attention-bf16-*.json.
+// Measured on Zen 4, AVX-512, one thread, 16 query and 8 kv heads of 128 at depth 4,096: an f32 cache is read at
+// 22 GB/s, 70 % of the read bandwidth beside it; q8_0 at 13 GB/s, bound by its decoding.
+// python -m benchmarks.attention --threads 1 --kv f32 (or q8_0)
+// A bf16 cache comes here where no instruction multiplies bf16; attention_bf16.cpp has the other.
 #include <math.h>
 
 #include "softmax.h"
