@@ -192,31 +192,34 @@ def test_kill_9_in_the_middle_then_a_rerun(tmp_path: Path) -> None:
 def test_a_killed_worker_on_ray_loses_and_doubles_nothing(llm: LLM, tmp_path: Path) -> None:
     if os.environ.get("CI") != "true":
         pytest.importorskip("ray", reason='no ray: pip install "finial[ray]"')
-    count = 48
-    source = write(tmp_path / "in.jsonl", [request(f"r{i}", 6 + i % 9) for i in range(count)])
+    count = 64
+    source = write(tmp_path / "in.jsonl", [request(f"r{i}", 30 + i % 9) for i in range(count)])
     target = tmp_path / "out.jsonl"
     killed: list[int] = []
+    over = threading.Event()
 
     def kill() -> None:
-        """One of the two workers, once it has begun."""
-        deadline = time.monotonic() + 60
-        while not killed and time.monotonic() < deadline:
+        """One of the two workers, while it computes."""
+        while not killed and not over.is_set():
             for folder in Path("/proc").glob("[0-9]*"):
                 try:
                     title = (folder / "cmdline").read_bytes()
                 except OSError:
                     continue
-                if title.startswith(b"ray::MapWorker(MapBatches(_RayWorker)).submit") and not killed:
+                if title.startswith(b"ray::MapWorker") and b"submit" in title and not killed:
                     killed.append(int(folder.name))
                     os.kill(killed[0], signal.SIGKILL)
-            time.sleep(0.005)
+            time.sleep(0.002)
 
+    killer = threading.Thread(target=kill)
     with JobFiles(source, target) as files:
-        killer = threading.Thread(target=kill)
         killer.start()
-        options = {"model": "demo", "threads": 1, "max_batch": 2}
-        run_ray(files, options, address="local", workers=2, cpus=0.5, rows=4)
-        killer.join()
+        try:
+            options = {"model": "demo", "threads": 1, "max_batch": 2}
+            run_ray(files, options, address="local", workers=2, cpus=0.5, rows=4)
+        finally:
+            over.set()
+            killer.join()
     assert killed
     got = answers(target)
     assert [line["custom_id"] for line in got] == [f"r{i}" for i in range(count)]

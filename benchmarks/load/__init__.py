@@ -1,0 +1,1 @@
+"""A server under many clients of which a third leaves: that it stays up, flat and clean."""
