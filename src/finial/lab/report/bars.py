@@ -1,0 +1,94 @@
+"""Pictures of bars: speed beside the machine's limit, memory, energy.
+
+Knows results; each function yields the pictures that they allow.
+
+    list(speeds(study, pen))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from finial.lab.analysis import Energy
+from finial.lab.report.drawing import Chart, Pen, bars, slug
+from finial.lab.report.results import Result, Study, number, percent
+
+HEADLINES = 6  # workloads of a family that get bars of their own
+
+
+def speeds(study: Study, pen: Pen) -> Iterator[Chart]:
+    """Bars by engine in each format of one workload, with intervals and the limit."""
+    found: dict[tuple[str, str, int, str], list[list[Result]]] = {}
+    for cell in study.cells():
+        if cell and cell[0].unit == "tok/s" and any(result.ok for result in cell):
+            result = cell[0]
+            record, model, _, threads = result.group
+            found.setdefault((record, model, threads, result.cell.workload.name), []).append(cell)
+    families: dict[tuple[str, str, int, str], int] = {}
+    for (record, model, threads, name), cells in found.items():
+        workload = cells[0][0].cell.workload
+        family = (record, model, threads, workload.family or name)
+        families[family] = families.get(family, 0) + 1
+        if workload.family in ("depth", "cache") or families[family] > HEADLINES:
+            continue  # curves show those better
+        yield bars(
+            pen,
+            cells,
+            lambda result: None if result.value is None else (result.value.median, result.value.low, result.value.high),
+            name=slug("speed", record if pen.many else "", model, threads, name),
+            heading=f"{name}: {model}, {threads} thread{'s' * (threads != 1)}" + (f" ({record})" if pen.many else ""),
+            axis="tokens per second",
+            caption="Median, 95 % interval, share of the limit; upright: the median of what the machine allowed.",
+            label=lambda result: (number(result.middle), percent(result.share)),
+            limit=True,
+        )
+
+
+def memory(study: Study, pen: Pen) -> Iterator[Chart]:
+    """Bars of peak memory beside what the weights and the cache must take."""
+    found: dict[tuple[str, str, int], list[list[Result]]] = {}
+    for cell in study.cells():
+        if cell and cell[0].cell.workload.kind == "memory" and any(result.ok for result in cell):
+            record, model, _, threads = cell[0].group
+            found.setdefault((record, model, threads), []).append(cell)
+    for (record, model, threads), cells in found.items():
+        yield bars(
+            pen,
+            cells,
+            lambda result: None if result.value is None else (result.value.median, result.value.low, result.value.high),
+            name=slug("memory", record if pen.many else "", model, threads),
+            heading=f"Peak memory after a short text: {model}" + (f" ({record})" if pen.many else ""),
+            axis="GB (10⁹ bytes) of the process tree",
+            caption="The upright line is the weights in their format and the KV cache that was filled.",
+            label=lambda result: ("", number(result.middle)),
+            limit=True,
+        )
+
+
+def energy(study: Study, pen: Pen) -> Iterator[Chart]:
+    """Bars of joules per token, a picture for each counter; none where nothing was measured."""
+    for counter in dict.fromkeys(result.energy.counter for result in study.results if result.energy is not None):
+
+        def spent(result: Result, counter: str = counter) -> tuple[float, float, float] | None:
+            found = result.energy
+            return None if found is None or found.counter != counter else (found.gross_j,) * 3
+
+        kinds = ("decode", "generate")
+        cells = [
+            cell for cell in study.cells() if cell and cell[0].cell.workload.kind in kinds and any(map(spent, cell))
+        ]
+        yield bars(
+            pen,
+            cells[:HEADLINES],
+            spent,
+            name=slug("energy", counter),
+            heading=f"Energy per token, by {counter}",
+            axis="joules per generated token",
+            caption="Gross, from a cumulative counter; after the bar also net of the idle machine's power.",
+            label=lambda result: _joules(result.energy) if result.energy is not None else ("", ""),
+            limit=False,
+        )
+
+
+def _joules(energy: Energy) -> tuple[str, str]:
+    return number(energy.gross_j), "" if energy.net_j is None else f"net {number(energy.net_j)}"
