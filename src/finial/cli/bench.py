@@ -160,19 +160,30 @@ def compare(
 
 def report(
     records: Annotated[list[Path], typer.Argument(metavar="RECORD…", help="Written by finial bench.")],
+    html: Annotated[Path | None, typer.Option(help="One self-contained page with pictures.")] = None,
+    charts: Annotated[Path | None, typer.Option(metavar="DIR", help="The pictures, each as SVG and PNG.")] = None,
     md: Annotated[Path | None, typer.Option(help="Markdown.")] = None,
     csv: Annotated[Path | None, typer.Option(help="A line for each sample.")] = None,
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Benchmark",
 ) -> int:
-    """Make pages of records. Without options, Markdown on standard output."""
+    """Make pages and pictures of records. Without options, Markdown on standard output."""
     from finial.lab.record import Record
     from finial.lab.report import csv_text, markdown_text
 
     data = [Record.open(path).data for path in records]
+    if html is not None:
+        from finial.lab.report.html import page
+
+        _write(html, page(data, title).encode())
+    if charts is not None:
+        from finial.lab.report.charts import draw
+
+        console.note(f"{charts}: {console.count(len(draw(data, charts)), 'file')}")
     if md is not None:
         _write(md, markdown_text(data).encode())
     if csv is not None:
         _write(csv, csv_text(data).encode())
-    if not any((md, csv)):
+    if not any((html, charts, md, csv)):
         print(markdown_text(data), end="")
     return 0
 
@@ -263,7 +274,7 @@ def _show(session: Session, out: Path) -> None:
     screen.print(console.clean(found.limit), markup=False, soft_wrap=True)
     for warning in session.record.data.warnings:
         console.note(warning, "yellow")
-    console.note(f"record: {out}   page: finial report {out} --md {out.with_suffix('.md')}")
+    console.note(f"record: {out}   page: finial report {out} --html {out.with_suffix('.html')}")
 
 
 def _sentence(found: Answer) -> None:
