@@ -189,10 +189,13 @@ class Browser:
         message, _, self._held = self._held.partition(b"\0")
         return message
 
-    def open(self, url: str, *, width: int = 1280, height: int = 800, password: str | None = None) -> Page:
+    def open(
+        self, url: str, *, ready: str = "#model, pre", width: int = 1280, height: int = 800, password: str | None = None
+    ) -> Page:
         """A new tab with this address, loaded; storage is not shared with other tabs.
 
         Args:
+            ready: CSS selector of what has text once the page is there.
             password: what the person enters when the server asks.
         """
         context = self.call("Target.createBrowserContext", {})["browserContextId"]
@@ -205,5 +208,5 @@ class Browser:
         if password is not None:
             page.log_in("anybody", password)
         page.call("Page.navigate", url=url)
-        page.wait("document.readyState === 'complete' && document.querySelector('#model, pre')?.textContent")
+        page.wait(f"document.readyState === 'complete' && document.querySelector({json.dumps(ready)})?.textContent")
         return page

@@ -188,7 +188,7 @@ def test_a_browser_shows_the_page_on_paper_of_any_colour_and_width(tmp_path: Pat
     with browser.Browser() as chromium:
         seen = {}
         for scheme in ("light", "dark"):
-            opened = chromium.open(path.as_uri(), width=390, height=844)
+            opened = chromium.open(path.as_uri(), ready="h1", width=390, height=844)
             opened.resize(390, 844, scheme=scheme)
             opened.wait("document.querySelectorAll('figure svg').length > 6")
             assert opened.problems == []
