@@ -17,8 +17,9 @@ from pathlib import Path
 from benchmarks.cpu.workloads import ENGINES as NAMES
 from benchmarks.cpu.workloads import FORMATS, plan
 from finial.errors import FinialError
-from finial.lab.engines.setup import SetupError, install, make_file, missing
-from finial.lab.engines.table import ENGINES, RECIPES, Engine, Places
+from finial.lab.engines.environments import ENVIRONMENTS, EngineError, install
+from finial.lab.engines.setup import SetupError, make_file, missing
+from finial.lab.engines.table import ENGINES, Engine, Places
 from finial.lab.estimate import estimate
 from finial.lab.limits import Probe, busy
 from finial.lab.record import Record
@@ -124,11 +125,11 @@ def _prepare(engines: list[Engine], groups: list[Group], places: Places) -> None
 
 def _install(names: list[str], places: Places) -> int:
     failed = 0
-    for name in names or list(RECIPES):
+    for name in names:
         _say(f"installing {name} into {places.engines / name}")
         try:
-            install(name, places)
-        except SetupError as error:
+            install(name, places.engines, _say)
+        except EngineError as error:
             failed = 1
             _say(f"{name}: {error}")
     return failed
@@ -165,7 +166,7 @@ def _named(text: str) -> tuple[str, Path]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description="finial and its rivals on this CPU")
     parser.add_argument("command", nargs="?", default="run", choices=("run", "prepare", "install", "table"))
-    parser.add_argument("names", nargs="*", help=f"of environments to install ({', '.join(RECIPES)}), or a record")
+    parser.add_argument("names", nargs="*", help=f"of environments to install ({', '.join(ENVIRONMENTS)}), or a record")
     parser.add_argument("--quick", action="store_true", help="fewer depths, lengths and rounds: below 5 minutes")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and for how long")
     parser.add_argument("--out", type=Path, default=Path("cpu.json"), help="the record; resumed when it is there")

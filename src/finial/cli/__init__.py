@@ -20,8 +20,10 @@ from finial.cli import console
 from finial.cli.batch import batch
 from finial.cli.bench import bench, compare, report
 from finial.cli.chat import chat as chat_command
+from finial.cli.engines import app as engines_app
 from finial.cli.look import doctor, info
 from finial.cli.make import convert, pull, synth
+from finial.cli.quality import quality
 from finial.cli.run import run as run_command
 from finial.cli.serve import serve
 from finial.errors import FinialError
@@ -40,8 +42,23 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (run_command, chat_command, serve, batch, info, doctor, pull, convert, synth, bench, compare, report):
+for _command in (
+    run_command,
+    chat_command,
+    serve,
+    batch,
+    info,
+    doctor,
+    pull,
+    convert,
+    synth,
+    bench,
+    compare,
+    report,
+    quality,
+):
     app.command()(_command)
+app.add_typer(engines_app, name="engines")
 
 
 def _version(asked: bool) -> None:

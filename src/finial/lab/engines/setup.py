@@ -1,6 +1,6 @@
-"""Making ready: virtual environments of the rivals, and each engine's file of each model.  Nothing is timed here.
+"""Making ready: whether an engine runs here, and its file of each model.  Nothing is timed here.
 
-install("openvino", places); make_file(places, "qwen3-0.6b", "-q8_0.gguf")
+missing(ENGINES["llama.cpp"], places); make_file(places, "qwen3-0.6b", "-q8_0.gguf")
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import finial
-from finial.lab.engines.table import BUILD_VARIABLES, RECIPES, Engine, Places, make_command
+from finial.lab.engines.environments import ENVIRONMENTS, state
+from finial.lab.engines.table import Engine, Places, make_command
 
 
 class SetupError(Exception):
@@ -26,30 +26,15 @@ def missing(engine: Engine, places: Places) -> str:
     """Why an engine cannot run here; empty when it can."""
     if not engine.environment:
         return ""
-    how = f"python -m benchmarks.cpu install {engine.environment}"
-    python = places.python(engine.environment)
-    if not python.exists():
-        return f"not installed: {how}"
+    python = places.pythons.get(engine.environment)
+    if python is None and engine.environment not in ENVIRONMENTS:
+        return f"not installed: nobody knows how to make {engine.environment}"
+    if python is None:
+        return state(engine.environment, places.engines).why
     # Found, not imported: an import takes seconds and may start threads.
     find = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
     done = subprocess.run([str(python), "-c", find, engine.module], capture_output=True, check=False)
-    return f"{engine.module} is not installed for {python}: {how}" if done.returncode else ""
-
-
-def install(name: str, places: Places) -> None:
-    """Make the virtual environment `name` and install into it.
-
-    Raises:
-        SetupError: unknown name, or pip failed.
-    """
-    if name not in RECIPES:
-        raise SetupError(f"no recipe for {name}; there is {', '.join(RECIPES)}")
-    folder = places.engines / name
-    if not (folder / "bin" / "python").exists():
-        venv.create(folder, with_pip=True)
-    for packages in RECIPES[name]:
-        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *packages]
-        _run(pip, {**BUILD_VARIABLES} if name == "llama.cpp" else {}, f"pip install {' '.join(packages)}")
+    return f"{engine.module} is not installed for {python}" if done.returncode else ""
 
 
 def make_file(places: Places, model: str, suffix: str) -> Path:

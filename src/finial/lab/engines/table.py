@@ -8,17 +8,17 @@ Knows commands and paths; runs nothing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import finial
+from finial.lab.engines.environments import interpreter, is_here
 from finial.lab.workloads import DEMO, Workload
 
 ADAPTERS = Path(__file__).with_name("adapters")
 EXPORT = "export"  # environment that turns checkpoints into other engines' files, and measures nothing
-TORCH = "torch==2.13.0"
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,11 @@ class Places:
     checkpoints: Mapping[str, Path] = field(default_factory=dict)
 
     def python(self, name: str) -> Path:
-        """The interpreter of an environment."""
-        return self.pythons.get(name, self.engines / name / "bin" / "python")
+        """The interpreter of an environment; finial's own where that has the engine and the environment is not made."""
+        if name in self.pythons:
+            return self.pythons[name]
+        python = interpreter(self.engines, name)
+        return Path(sys.executable) if not python.exists() and is_here(name) else python
 
     def checkpoint(self, model: str) -> Path:
         """What a model is made from."""
@@ -96,6 +99,8 @@ class Engine:
 
 _GGUF = {f: f"-{f}.gguf" for f in ("bf16", "q8_0", "q4_0", "q4_k_m", "stored")}
 
+_CHECKPOINT = {"bf16": "", "stored": ""}
+
 ENGINES: Mapping[str, Engine] = {
     engine.name: engine
     for engine in (
@@ -119,14 +124,25 @@ ENGINES: Mapping[str, Engine] = {
             {"bf16": "-openvino-fp16", "q8_0": "-openvino-int8", "q4_0": "-openvino-int4"},
         ),
         Engine(
-            "onnxruntime-genai", "run_onnxruntime.py", "onnxruntime_genai", "onnxruntime", {"q4_0": "-onnxruntime-int4"}
+            "onnxruntime-genai",
+            "run_onnxruntime.py",
+            "onnxruntime_genai",
+            "onnxruntime",
+            {"f32": "-onnxruntime-fp32", "q4_0": "-onnxruntime-int4"},
+        ),
+        Engine(
+            "CTranslate2",
+            "run_ctranslate2.py",
+            "ctranslate2",
+            "ctranslate2",
+            {"f32": "-ctranslate2-float32", "q8_0": "-ctranslate2-int8"},
         ),
         Engine(
             "transformers eager",
             "run_transformers.py",
             "transformers",
             "transformers",
-            {"bf16": "", "stored": ""},
+            {**_CHECKPOINT, "f32": ""},
             slow=True,
             uncached=True,
         ),
@@ -135,23 +151,23 @@ ENGINES: Mapping[str, Engine] = {
             "run_transformers.py",
             "transformers",
             "transformers",
-            {"bf16": "", "stored": ""},
+            {**_CHECKPOINT, "f32": ""},
             slow=True,
             options={"compile": True},
         ),
+        Engine("MLX-LM", "run_mlx.py", "mlx_lm", "mlx", _CHECKPOINT, slow=sys.platform != "darwin"),
+        Engine("vLLM", "run_vllm.py", "vllm", "vllm", {**_CHECKPOINT, "f32": ""}),
+        Engine("SGLang", "run_sglang.py", "sglang", "sglang", _CHECKPOINT),
+        Engine("TensorRT-LLM", "run_tensorrt_llm.py", "tensorrt_llm", "tensorrt-llm", _CHECKPOINT),
+        Engine("ExLlamaV2", "run_exllamav2.py", "exllamav2", "exllamav2", {"f16": "", "exl2": "-exl2"}),
+        Engine("ExLlamaV3", "run_exllamav3.py", "exllamav3", "exllamav3", {"exl3": "-exl3"}),
     )
 }
 
-# Environment -> packages of each call of pip. Torch is named again beside what needs it: optimum and nncf would
-# otherwise replace it by the newest, with gigabytes of CUDA.
-RECIPES: Mapping[str, Sequence[Sequence[str]]] = {
-    "llama.cpp": (("--no-binary", "llama-cpp-python", "llama-cpp-python"),),
-    "openvino": (("openvino-genai", "numpy"),),
-    "onnxruntime": (("onnxruntime-genai", "numpy"),),
-    "transformers": ((TORCH,), ("transformers", "safetensors")),
-    EXPORT: ((TORCH,), (TORCH, "optimum-intel", "openvino", "nncf", "onnx", "onnx-ir", "onnxruntime-genai")),
-}
-BUILD_VARIABLES: Mapping[str, str] = {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}  # read by llama-cpp-python's build alone
+# Any OpenAI-compatible endpoint: no row of its own, since it wants an address (options url, name, key).
+SERVER = Engine(
+    "server", "run_openai.py", "finial", "", dict.fromkeys(("stored", "bf16", "q8_0", "q4_0", "q4_k_m"), "")
+)
 
 
 def make_command(places: Places, model: str, suffix: str, out: Path) -> list[str]:
@@ -169,7 +185,13 @@ def make_command(places: Places, model: str, suffix: str, out: Path) -> list[str
         )
     if suffix.startswith("-openvino-"):
         task = ["--task", "text-generation-with-past", "--weight-format", suffix.removeprefix("-openvino-")]
-        return [str(export.with_name("optimum-cli")), "export", "openvino", "-m", source, *task, str(out)]
+        run = [str(export), "-m", "optimum.commands.optimum_cli", "export", "openvino", "-m", source]
+        return [*run, *task, str(out)]
+    if suffix.startswith("-ctranslate2-"):
+        convert = [str(export), "-c", "from ctranslate2.converters.transformers import main; main()"]
+        return [*convert, "--model", source, "--output_dir", str(out), "--quantization", suffix.rpartition("-")[2]]
+    if suffix in ("-exl2", "-exl3"):
+        return [f"the converter of ExLlamaV{suffix[-1]}"]  # hours on a GPU, with choices that are not the lab's to make
     if suffix.startswith("-onnxruntime-"):
         kind = suffix.removeprefix("-onnxruntime-")
         builder = [str(export), "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", str(out)]

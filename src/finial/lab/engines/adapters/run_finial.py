@@ -1,6 +1,6 @@
 """finial, as anyone would use it: the public object, its own cache, batching and sampling.
 
-Options: backend ("cpu", "reference", …), kv_format.
+Options: those of finial.LLM, such as backend ("cpu", "reference", …), kv_format, format (re-encodes all weights).
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ class Session:
     def score(self, ids: list[int], path: str) -> dict[str, Any]:
         np.save(path, self.llm.score(ids).logits)
         return {"kind": "logits"}
+
+    def sample(self, ids: list[int], new: int, seed: int) -> dict[str, Any]:
+        """At temperature 1: the text that a verdict is made over."""
+        return {"tokens": self.llm.generate(ids, max_tokens=new, temperature=1.0, seed=seed, ignore_eos=True).tokens}
 
     def memory(self) -> dict[str, Any]:
         return {"weight_bytes": self.llm.info.weight_bytes, "kv_bytes": self.llm.info.kv_bytes}

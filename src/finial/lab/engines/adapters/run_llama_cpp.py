@@ -15,6 +15,7 @@ import llama_cpp
 import numpy as np
 from serve import Clock, serve
 
+SCORED = 256  # of which all logits are kept at once
 CHUNK = 2048  # tokens of one llama_decode; it splits them into 512 by itself
 
 
@@ -108,6 +109,23 @@ class Session:
                 self._decode([(t, p + step, s, True) for s, (t, p) in enumerate(zip(tokens, positions, strict=True))])
                 wanted = list(range(count))
         return clock.reply()
+
+    def score(self, ids: list[int], path: str) -> dict[str, Any]:
+        self._open(1, self._context_size)
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), False)
+        self._cached = []
+        logits = np.empty((len(ids), self._vocab), np.float32)
+        for at in range(0, len(ids), SCORED):
+            part = ids[at : at + SCORED]
+            self._decode([(token, at + row, 0, True) for row, token in enumerate(part)])
+            for row in range(len(part)):
+                pointer = llama_cpp.llama_get_logits_ith(self._context, row)
+                logits[at + row] = np.ctypeslib.as_array(pointer, (self._vocab,))
+        np.save(path, logits)
+        return {"kind": "logits"}
+
+    def memory(self) -> dict[str, Any]:
+        return {"weight_bytes": llama_cpp.llama_model_size(self._model)}
 
 
 def quantize(source: str, target: str, kind: str) -> None:

@@ -24,12 +24,13 @@ class Session:
         if not cache:
             raise ValueError("this engine always keeps its cache")
         config = og.Config(model)
-        options = {"intra_op_num_threads": threads}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
+        config.overlay(json.dumps(overlay))
         self._model = og.Model(config)
         self._context = context
         self._kept: tuple[list[int], Any] | None = None
-        self.precision = "int4 weights in blocks of 32, float32 KV cache and activations (its defaults)"
+        weights = {"q4_0": "int4 weights in blocks of 32", "f32": "float32 weights"}[format]
+        self.precision = f"{weights}, float32 KV cache and activations (its defaults)"
 
     def _generator(self, count: int, length: int) -> Any:
         params = og.GeneratorParams(self._model)
@@ -39,6 +40,8 @@ class Session:
 
     def run(self, prompts: list[list[int]], new: int, keep: bool) -> dict[str, Any]:
         count, single = len(prompts), len(prompts) == 1
+        if len({len(prompt) for prompt in prompts}) > 1:
+            raise ValueError("this adapter takes prompts of one length")
         clock = Clock(count)
         if keep and single and self._kept is not None and self._kept[0] == prompts[0]:
             generator = self._kept[1]
@@ -56,6 +59,16 @@ class Session:
             for sequence, token in enumerate(generator.get_next_tokens()):
                 clock.token(sequence, token)
         return clock.reply()
+
+    def score(self, ids: list[int], path: str) -> dict[str, Any]:
+        """A generator keeps the logits of the last id alone, so ids are given one by one."""
+        generator = self._generator(1, self._context)
+        rows = []
+        for token in ids:
+            generator.append_tokens(np.array([[token]], np.int32))
+            rows.append(np.array(generator.get_logits(), np.float32).reshape(-1))
+        np.save(path, np.stack(rows))
+        return {"kind": "logits"}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ filled cache is not filled again; fresh prompts gain nothing by it.
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,15 +32,16 @@ class Session:
         config = openvino_genai.SchedulerConfig()
         config.enable_prefix_caching = True
         config.max_num_batched_tokens = max(context, 512)  # a prompt in one step, as its LLMPipeline does
-        config.max_num_seqs = 8
+        config.max_num_seqs = max(8, sequences)
         config.cache_size = 1  # GB
         self._pipe = openvino_genai.ContinuousBatchingPipeline(model, config, "CPU", {"INFERENCE_NUM_THREADS": threads})
         self._ids = itertools.count()
+        self._file, self._threads, self._plain = Path(model) / "openvino_model.xml", threads, None
         self.precision = {
             "bf16": "fp16 file computed in bf16 where the CPU has it",
             "q8_0": "int8 weights per row",
             "q4_0": "int4 weights in groups of 128, embedding and head int8",
-        }[format] + ", 8-bit KV cache (its defaults)"
+        }[{"stored": "bf16"}.get(format, format)] + ", 8-bit KV cache (its defaults)"
 
     def run(self, prompts: list[list[int]], new: int, keep: bool) -> dict[str, Any]:
         config = openvino_genai.GenerationConfig()
@@ -55,6 +57,23 @@ class Session:
                         for token in output.generated_ids:
                             clock.token(sequence, token)
         return clock.reply()
+
+    def score(self, ids: list[int], path: str) -> dict[str, Any]:
+        """The pipeline gives no logits; the same file in OpenVINO's own runtime, on which it is built, does."""
+        if self._plain is None:
+            properties = {"INFERENCE_NUM_THREADS": self._threads}
+            self._plain = ov.Core().compile_model(self._file, "CPU", properties).create_infer_request()
+        self._plain.reset_state()
+        names = {name for port in self._plain.model_inputs for name in port.get_names()}
+        whole = {
+            "input_ids": np.array([ids], np.int64),
+            "attention_mask": np.ones((1, len(ids)), np.int64),
+            "position_ids": np.arange(len(ids), dtype=np.int64)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        self._plain.infer({name: value for name, value in whole.items() if name in names})
+        np.save(path, self._plain.get_tensor("logits").data[0].astype(np.float32))
+        return {"kind": "logits"}
 
 
 if __name__ == "__main__":

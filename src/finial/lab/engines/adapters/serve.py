@@ -13,25 +13,32 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 PROTOCOL = 1
+OPERATIONS = ("run", "score", "greedy", "sample")  # of a session; a session need only have `run`
 
 
 class Clock:
     """Times of one generation, in seconds since it was submitted.
 
     Call `token(sequence, id)` when the id is on the host; sequences count from 0.
+
+    Args:
+        synchronise: waits until the device is done; needed where an id can be had before that.
     """
 
-    def __init__(self, sequences: int) -> None:
+    def __init__(self, sequences: int, synchronise: Callable[[], object] | None = None) -> None:
+        self._synchronise = synchronise
         self._times: list[list[float]] = [[] for _ in range(sequences)]
         self._tokens: list[list[int]] = [[] for _ in range(sequences)]
         self._start = time.perf_counter()
 
     def token(self, sequence: int, token: int) -> None:
+        if self._synchronise is not None:
+            self._synchronise()
         self._times[sequence].append(time.perf_counter() - self._start)
         self._tokens[sequence].append(int(token))
 
@@ -43,6 +50,16 @@ class Clock:
             "tokens": self._tokens,
             "times": self._times,
         }
+
+
+def top(entries: Sequence[Mapping[int, float]]) -> dict[str, Any]:
+    """What `score` returns where there are no logits.
+
+    Args:
+        entries: one a position: log-probabilities of the most likely tokens after it; empty where unknown.
+    """
+    ranked = [sorted(entry.items(), key=lambda item: (-item[1], item[0])) for entry in entries]
+    return {"kind": "top", "top": [[[int(token), float(value)] for token, value in entry] for entry in ranked]}
 
 
 def peak_bytes() -> int | None:
@@ -73,7 +90,8 @@ def serve(open_session: Callable[..., Any], engine: str, version: str) -> None:
 
     Args:
         open_session: called with the fields of `load`; gives an object with `run` and `precision` (what weights,
-            activations, KV cache and sums are kept in), and, where it can, `score`, `memory` and `device`.
+            activations, KV cache and sums are kept in), and, where it can, the other `OPERATIONS`, `memory` and
+            `device`.
         engine, version: what `hello` says.
     """
     _die_with_parent()
@@ -87,7 +105,7 @@ def serve(open_session: Callable[..., Any], engine: str, version: str) -> None:
             break
         try:
             if op == "hello":
-                operations = [name for name in ("run", "score") if hasattr(open_session, name)]
+                operations = [name for name in OPERATIONS if hasattr(open_session, name)]
                 result = {"protocol": PROTOCOL, "engine": engine, "version": version, "operations": operations}
             elif op == "load":
                 started = time.perf_counter()
@@ -96,7 +114,7 @@ def serve(open_session: Callable[..., Any], engine: str, version: str) -> None:
                 result["device"] = getattr(session, "device", "cpu")
             elif op == "memory":
                 result = {"peak_bytes": peak_bytes(), **(session.memory() if hasattr(session, "memory") else {})}
-            elif op in ("run", "score") and hasattr(session, op):
+            elif op in OPERATIONS and hasattr(session, op):
                 result = getattr(session, op)(**request)
             else:
                 raise ValueError(f"{engine} cannot {op}")
