@@ -2,6 +2,7 @@
 # make test    set everything up, then run the whole test suite
 # make check   formatting, lint and types, as CI runs them
 # make check-native  the kernels' own tests under AddressSanitizer with UBSan, then under ThreadSanitizer
+# make gpu     on a machine with an NVIDIA GPU: its tests and figures; make gpu-wheels before, where there is a network
 # make format  rewrite the sources as `make check` wants them
 
 PYTHON ?= python3
@@ -11,9 +12,10 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 NATIVE  := $(wildcard src/finial/kernels/cpu/*)
-CXX_SRC := $(filter %.cpp %.h %.hpp %.inc,$(NATIVE)) $(wildcard tests/native/*)
+CUDA    := $(wildcard src/finial/kernels/cuda/* tests/cuda/* benchmarks/gpu/*.cuh)
+CXX_SRC := $(filter %.cpp %.h %.hpp %.inc,$(NATIVE)) $(wildcard tests/native/*) $(CUDA)
 
-.PHONY: demo test check check-native check-address check-thread format clean help
+.PHONY: demo test check gpu gpu-wheels check-native check-address check-thread format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -74,3 +76,16 @@ format: $(VENV)/check-packages
 
 clean:
 	rm -rf $(VENV) build dist src/finial/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# On a machine with an NVIDIA GPU; nothing is fetched. What Python lacks there may lie as wheels in .whl.
+GPU_PYTHON ?= python3
+GPU_WHEELS := gguf
+
+gpu:
+	@if ls .whl/*.whl >/dev/null 2>&1; then \
+	  $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target build/gpu-site .whl/*.whl; fi
+	PYTHONPATH=build/gpu-site $(GPU_PYTHON) -m benchmarks.gpu
+
+gpu-wheels:
+	$(GPU_PYTHON) -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform any -d .whl $(GPU_WHEELS)

@@ -42,6 +42,7 @@ ROOMS = ("finial.models", "finial.backends", "finial.files")
 
 # Heavy or optional packages, and the only modules that may import them.
 OWNERS = {
+    "cuda": {"finial.backends.cuda"},
     "torch": {"finial.files.pth_child", "finial.lab.engines.adapters"},
     "transformers": {"finial.lab.engines.adapters"},
     "gguf": set(),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from finial import LLM
-from finial.backends import BACKENDS
+from here import BACKENDS
 
 GOLDEN = Path(__file__).parent / "golden" / "demo.txt"
 PROMPT, COUNT = "KING RICHARD III:\n", 120

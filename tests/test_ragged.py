@@ -18,14 +18,16 @@ from hypothesis import strategies as st
 import kquants
 import models
 from finial import _native
-from finial.backends import BACKENDS
 from finial.backends.cpu import CpuBackend
 from finial.config import ModelConfig
 from finial.executor import Executable, compile_graph
 from finial.formats import Tensor
 from finial.graph import Graph, Step
 from finial.models.decoder import build_graph, constants
+from here import BACKENDS
 
+# cuda splits work by the rows of a step and promises the same bits for the same step only (docs/cuda.md).
+BACKENDS = [name for name in BACKENDS if name != "cuda"]
 NAMES = ("qwen3", "mistral-window", "qwen2-window")
 FORMATS = ("bf16", "q8_0", "f32")
 LONGEST, PAGES = 60, 64

@@ -11,13 +11,13 @@ node that touches it stay on one backend.  Knows no model and no scheduling.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from finial.backends import Backend, Program, Timing, get_backend
+from finial.backends import Backend, Draw, Program, Timing, get_backend
 from finial.errors import BackendError
 from finial.formats import Tensor
 from finial.graph import Graph, Node, Step
@@ -91,6 +91,17 @@ class Executable:
             feeds.update(zip(segment.carries, program.run(inputs, state), strict=True))
         return [feeds[name] for name in self.graph.outputs]
 
+    def sample(self, step: Step, draws: Sequence[Draw]) -> np.ndarray | None:
+        """A step whose tokens are chosen where the logits are: int32 [R], -1 where the highest logit is not finite.
+
+        None, with nothing done, when no backend of this graph does that.
+        """
+        choose = getattr(self._programs[0], "sample", None) if len(self._programs) == 1 else None
+        if choose is None:
+            return None
+        tokens: np.ndarray | None = choose(step.feeds(), self._states[0], draws)
+        return tokens
+
     def profile(self, on: bool) -> None:
         """From now on note what each instruction of a step takes, from zero; or stop noting.
 
@@ -122,6 +133,17 @@ def compile_graph(
         return _first_that_can(graph, bound, threads)
     backends = [get_backend(name, threads) for name in dict.fromkeys(backend.split("+"))]
     return Executable(graph, partition(graph, backends), bound)
+
+
+def device_memory(backend: str) -> int | None:
+    """Free bytes of the device on which a named backend keeps its caches; None: they are in the computer's memory.
+
+    Raises:
+        BackendError: unknown or unavailable backend.
+    """
+    names = [] if backend == AUTO else backend.split("+")
+    free = [getattr(get_backend(name), "free_bytes", None) for name in names]
+    return min((size for size in free if size is not None), default=None)
 
 
 def partition(graph: Graph, backends: list[Backend]) -> list[Segment]:

@@ -29,7 +29,7 @@ from finial.engine.handle import Handle, Pooling
 from finial.engine.results import AsyncStream, Completion, Score, Stream
 from finial.engine.sampling import SamplingParams
 from finial.errors import ModelError, RequestError
-from finial.executor import compile_graph
+from finial.executor import compile_graph, device_memory
 from finial.files.checkpoint import Checkpoint, GenerationDefaults, open_checkpoint
 from finial.files.hub import resolve
 from finial.files.text import Text
@@ -81,7 +81,7 @@ class LLM:
 
     Args:
         model: "demo", a directory, a .gguf file, or `owner/name[@revision]` on the hub.
-        backend: "auto", or a name of `finial.backends.BACKENDS`; several joined by "+".
+        backend: "auto", or a name of `finial.backends.BACKENDS` ("cuda:1": on the second GPU); several joined by "+".
         format: re-encode all matrices to this weight format; None: as stored.
         threads: of the cpu backend; None: its choice.
         max_context: positions of one sequence, prompt and generated together.  None: the model's own limit, or
@@ -134,7 +134,8 @@ class LLM:
         weight_bytes = sum(tensor.nbytes for tensor in weights.values())
         token_bytes = kv_bytes_per_token(graph)
         _check_positive(max_batch=max_batch, page_size=page_size, max_step_tokens=max_step_tokens)
-        free = _free_memory()
+        free = device_memory(backend)
+        free = _free_memory() if free is None else free
         context, pages = size_cache(
             config.max_context,
             token_bytes,

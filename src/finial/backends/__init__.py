@@ -37,6 +37,22 @@ class Timing:
     waiting: float
 
 
+@dataclass(frozen=True)
+class Draw:
+    """How the token of one row of logits is chosen: `engine.sampling.choose` without what depends on earlier tokens.
+
+    Attributes:
+        temperature: 0 is greedy; top_k: 0 keeps all; top_p: 1 keeps all; min_p: 0 keeps all.
+        uniform: the random number in [0, 1).
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    uniform: float
+
+
 class State(Protocol):
     """The cache of one program: what its graph's state values hold."""
 
@@ -79,9 +95,10 @@ class Backend(Protocol):
         """
 
 
-# name a user types -> module that has `create(threads: int | None) -> Backend`
+# name a user types -> module that has `create(threads: int | None) -> Backend`; cuda's also takes the number of a GPU
 BACKENDS: dict[str, str] = {
     "cpu": "finial.backends.cpu",
+    "cuda": "finial.backends.cuda",
     "reference": "finial.backends.reference",
 }
 
@@ -90,13 +107,18 @@ def get_backend(name: str, threads: int | None = None) -> Backend:
     """The backend of that name.
 
     Args:
+        name: of the table; "cuda:1" is cuda on the second GPU.
         threads: CPU threads; None: the backend's choice.
     Raises:
         BackendError: no such backend, or one that cannot work on this machine (says why).
     """
+    name, colon, number = name.partition(":")
     if name not in BACKENDS:
         raise BackendError(f"no backend {name!r}", fix=f"choose one of: auto, {', '.join(BACKENDS)}")
     if threads is not None and not 1 <= threads <= 1024:
         raise BackendError(f"threads is {threads}", fix="ask for 1 to 1024")
-    backend: Backend = importlib.import_module(BACKENDS[name]).create(threads)
+    if colon and (name != "cuda" or not number.isdecimal()):
+        raise BackendError(f"no device {name}:{number}", fix="only cuda has numbered devices: cuda:0, cuda:1, …")
+    module = importlib.import_module(BACKENDS[name])
+    backend: Backend = module.create(threads, int(number)) if colon else module.create(threads)
     return backend

@@ -45,6 +45,7 @@ def chat(
     stop: options.Stop = None,
     format: options.Format = None,
     backend: options.Backend = "auto",
+    device: options.Device = None,
     threads: options.Threads = None,
     max_context: options.MaxContext = None,
     kv_format: options.KvFormat = "bf16",
@@ -57,7 +58,7 @@ def chat(
     """
     llm = load(
         model,
-        backend=backend,
+        backend=options.backend_on(backend, device),
         format=format,
         threads=threads,
         max_context=max_context,

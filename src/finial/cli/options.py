@@ -49,7 +49,13 @@ Format = Annotated[
     str | None,
     typer.Option(help="Weight format: f32, f16, bf16, q8_0, q4_0 (default: as stored).", rich_help_panel=_RUNNING),
 ]
-Backend = Annotated[str, typer.Option(help="auto, cpu, reference, or several joined by +.", rich_help_panel=_RUNNING)]
+Backend = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, reference, or several joined by +.", rich_help_panel=_RUNNING)
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="A GPU, such as cuda:1; the backend is then cuda.", rich_help_panel=_RUNNING, show_default=False),
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads (default: one per usable core).", rich_help_panel=_RUNNING)
 ]
@@ -95,6 +101,22 @@ class Sampling:
         return self.options["temperature"] == 0 and not any(
             self.options.get(name, neutral) != neutral for name, neutral in _NEUTRAL.items() if name.endswith("penalty")
         )
+
+
+def backend_on(backend: str, device: str | None) -> str:
+    """The backend's name with the device that was asked for.
+
+    Raises:
+        RequestError: a device of another backend than the one asked for.
+    """
+    if device is None:
+        return backend
+    from finial.errors import RequestError
+
+    name = device.partition(":")[0]
+    if backend not in ("auto", name):
+        raise RequestError(f"--device {device} with --backend {backend}", fix=f"leave --backend out, or use {name}")
+    return device
 
 
 def sampling_options(recommended: GenerationDefaults, **given: Any) -> Sampling:

@@ -53,6 +53,7 @@ def run(
     ignore_eos: options.IgnoreEos = False,
     format: options.Format = None,
     backend: options.Backend = "auto",
+    device: options.Device = None,
     threads: options.Threads = None,
     no_cache: options.NoCache = False,
     max_context: options.MaxContext = None,
@@ -69,7 +70,7 @@ def run(
     words = find_prompt(model, prompt, text)
     llm = load(
         model,
-        backend=backend,
+        backend=options.backend_on(backend, device),
         format=format,
         threads=threads,
         max_context=max_context,

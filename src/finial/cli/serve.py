@@ -73,6 +73,7 @@ def serve(
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Put requests' text into that log.")] = False,
     format: options.Format = None,
     backend: options.Backend = "auto",
+    device: options.Device = None,
     threads: options.Threads = None,
     max_context: options.MaxContext = None,
     kv_format: options.KvFormat = "bf16",
@@ -107,7 +108,7 @@ def serve(
         settings,
         lambda: load(
             model,
-            backend=backend,
+            backend=options.backend_on(backend, device),
             format=format,
             threads=threads,
             max_context=max_context,

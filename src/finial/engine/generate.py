@@ -25,11 +25,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from finial.backends import Draw
 from finial.engine.batch import StepBuilder
 from finial.engine.handle import Constraint, Detokenizer, Handle, Pooling
 from finial.engine.kvcache import PagePool
 from finial.engine.pace import Pace
-from finial.engine.sampling import SamplingParams, choose, greedy, log_probabilities, uniform
+from finial.engine.sampling import SamplingParams, TokenLogprobs, choose, greedy, log_probabilities, uniform
 from finial.engine.scheduler import Chunk, Scheduler
 from finial.engine.scheduler import Sequence as Scheduled
 from finial.errors import RequestError
@@ -387,10 +388,13 @@ class Engine:
         started = time.perf_counter()
         try:
             step = self._builder.build(plan)
+            logits: NDArray[np.float32] | None = None
+            hidden: NDArray[np.float32] | None = None
+            tokens = self._chosen_there(plan, step)
             if step.pooled is not None and len(step.pooled):
                 logits, hidden = self._executable.outputs(step)
-            else:
-                logits, hidden = self._executable.run(step), None
+            elif tokens is None:
+                logits = self._executable.run(step)
         except Exception as error:
             for chunk in plan:
                 self._fail(chunk.sequence, error)
@@ -401,6 +405,14 @@ class Engine:
             self._pace.note(decoding, total - decoding, time.perf_counter() - started)
             scheduler.prompt_rows = self._pace.rows
         scheduler.advance(plan)
+        if logits is None:
+            assert tokens is not None
+            for sequence, token in zip((c.sequence for c in plan if c.wanted != c.stop), tokens.tolist(), strict=True):
+                try:
+                    self._emit(sequence, token, None)
+                except Exception as error:
+                    self._fail(sequence, error)
+            return True
         row = 0
         for sequence, _, stop, wanted in plan:
             if wanted != stop:
@@ -429,6 +441,35 @@ class Engine:
                 self._remove(handle)
         assert row == len(hidden), (row, hidden.shape)
 
+    def _chosen_there(self, plan: Sequence[Chunk], step: Step) -> NDArray[np.int32] | None:
+        """The next tokens of a step, chosen where the executable has the logits.
+
+        None, with nothing done that running the step does not do again, when the host must see logits: some are asked
+        for, a choice depends on more than its own row, a row is not finite, or the executable chooses nothing.
+        """
+        sample: Callable[[Step, Sequence[Draw]], NDArray[np.int32] | None] | None
+        sample = getattr(self._executable, "sample", None)
+        if sample is None or (step.pooled is not None and len(step.pooled)):
+            return None
+        draws = []
+        for sequence, _, stop, wanted in plan:
+            if wanted == stop:
+                continue
+            handle, params = self._handles[sequence], self._handles[sequence].params
+            logits = stop - wanted != 1 or sequence.all_logits or params.logprobs is not None
+            if (
+                logits
+                or sequence.max_new == 0
+                or params.penalised
+                or params.logit_bias
+                or handle.constraint is not None
+            ):
+                return None
+            number = uniform(handle.seed, handle.sample, len(sequence.tokens)) if params.temperature else 0.0
+            draws.append(Draw(params.temperature, params.top_k, params.top_p, params.min_p, number))
+        tokens = sample(step, draws)
+        return None if tokens is None or (tokens < 0).any() else tokens
+
     def _consume(self, sequence: Scheduled, logits: NDArray[np.float32], first: int) -> None:
         """Logits [rows, V] of positions first, first + 1, …: prompt log-probabilities, then the next token."""
         handle = self._handles[sequence]
@@ -448,10 +489,12 @@ class Engine:
             draw = uniform(handle.seed, handle.sample, len(sequence.tokens)) if params.temperature else 0.0
             allowed = None if handle.constraint is None else handle.constraint.allowed()
             token = choose(row, params, draw, handle.history, allowed)
-        now = time.perf_counter()
-        logprobs = None if params.logprobs is None else log_probabilities(row, token, params.logprobs)
+        self._emit(sequence, token, None if params.logprobs is None else log_probabilities(row, token, params.logprobs))
+
+    def _emit(self, sequence: Scheduled, token: int, logprobs: TokenLogprobs | None) -> None:
+        handle = self._handles[sequence]
         complete = handle.constraint is not None and handle.constraint.advance(token)
-        if handle.emit(token, logprobs, now, complete):
+        if handle.emit(token, logprobs, time.perf_counter(), complete):
             self._remove(handle)
             return
         if handle.history is not None:

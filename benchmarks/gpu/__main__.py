@@ -1,0 +1,119 @@
+"""`make gpu`: builds finial, runs its tests on the GPU, measures; one JSON file, written anew after each part.
+
+Each part is a process with a time limit, so one that fails or hangs leaves the others' results.  Needs Linux, one GPU,
+a CUDA 13 driver, Python 3.12 with PyTorch, and no network (see docs/cuda.md).
+
+    python3 -m benchmarks.gpu [--only decode,prefill] [--budget 480]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "100"]
+BUILD = (
+    "cmake -S . -B build/gpu -DPython_EXECUTABLE={python} -DCMAKE_BUILD_TYPE=Release"
+    " && cmake --build build/gpu --parallel && cmake --install build/gpu --prefix src"
+)
+MEASURE = [sys.executable, "-m", "benchmarks.gpu.measure"]
+
+
+def parts(model: Path, folder: Path) -> list[tuple[str, list[str], int]]:
+    """(name, command, seconds at most), what others need first."""
+    several = ["-n", "8"] if _has("xdist") else []
+    return [
+        ("machine", [*MEASURE, "machine"], 30),
+        ("build", ["bash", "-c", BUILD.format(python=sys.executable)], 150),
+        ("smoke", [*MEASURE, "smoke"], 60),
+        ("synth", [sys.executable, "-m", "finial.cli", "synth", "qwen3-0.6b", str(model)], 90),
+        ("decode", [*MEASURE, "decode", str(model)], 120),
+        ("batch", [*MEASURE, "batch", str(model)], 60),
+        ("prefill", [*MEASURE, "prefill", str(model)], 60),
+        ("first token", [*MEASURE, "first-token", str(model)], 60),
+        ("formats", [*MEASURE, "formats", str(model)], 90),
+        ("ops", [*PYTEST, *several, "tests/test_ops.py", "-k", "cuda"], 150),
+        ("models", [*PYTEST, *several, "tests/test_models.py", "tests/test_golden.py", "-k", "cuda"], 150),
+        ("kernels", [*MEASURE, "kernels", str(model)], 60),
+        ("agreement", [*MEASURE, "agreement", str(model)], 90),
+        ("probe", [*MEASURE, "probe"], 60),
+        ("transformers", [*MEASURE, "transformers", str(model)], 100),
+    ]
+
+
+def main() -> int:
+    """Exit code 0 when all parts that ran succeeded."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="names of parts, joined by commas")
+    parser.add_argument("--budget", type=int, default=470, help="seconds for all of it")
+    parser.add_argument(
+        "--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "benchmarks" / "gpu" / "results")
+    )
+    options = parser.parse_args()
+    started = time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
+    report: dict[str, object] = {}
+    with tempfile.TemporaryDirectory() as work:
+        model = Path(work) / "qwen3-0.6b"
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(["src", "tests", ".", os.environ.get("PYTHONPATH", "")]),
+        }
+        wanted = [name for name in options.only.split(",") if name]
+        for name, command, limit in parts(model, options.out):
+            if wanted and name not in wanted and name not in ("build", "synth"):
+                continue
+            left = options.budget - (time.monotonic() - started)
+            if left < 5:
+                report[name] = {"ok": False, "why": "no time left"}
+                continue
+            report[name] = _part(command, min(limit, left), environment)
+            print(f"{name}: {json.dumps(report[name])[:400]}", flush=True)
+            target = options.out / "gpu.json"
+            temporary = target.with_suffix(".part")
+            temporary.write_text(json.dumps(report, indent=1) + "\n")
+            temporary.replace(target)
+    failed = [name for name, row in report.items() if not row["ok"]]  # type: ignore[index]
+    print(
+        f"{time.monotonic() - started:.0f} s; " + (f"failed: {', '.join(failed)}" if failed else "all parts succeeded")
+    )
+    return 1 if failed else 0
+
+
+def _part(command: list[str], limit: float, environment: dict[str, str]) -> dict[str, object]:
+    """Its result line (JSON, the last of its output) or the end of what it printed."""
+    begin = time.monotonic()
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
+        code, out = done.returncode, done.stdout + done.stderr
+        lines = done.stdout.strip().splitlines()
+    except subprocess.TimeoutExpired as error:
+        code, lines = -1, []
+        out = f"over {limit:.0f} s\n" + _text(error.stdout) + _text(error.stderr)
+    row: dict[str, object] = {"ok": code == 0, "seconds": round(time.monotonic() - begin, 1)}
+    try:
+        row["result"] = json.loads(lines[-1])
+    except (ValueError, IndexError):
+        row["output"] = out[-6000:] if code else out[-600:]
+    if code and "output" not in row:
+        row["output"] = out[-6000:]
+    return row
+
+
+def _text(output: bytes | str | None) -> str:
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+
+
+def _has(module: str) -> bool:
+    return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True).returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

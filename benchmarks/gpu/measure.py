@@ -1,0 +1,338 @@
+"""One measurement on the GPU: prints one line of JSON.  `python3 -m benchmarks.gpu.measure decode MODEL`.
+
+Device times are of CUDA events around replays of a step's graph; medians of runs after a warm-up.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PAGE = 32
+Row = dict[str, Any]
+
+
+def _device() -> Any:
+    from finial.backends.cuda.driver import open_device
+
+    return open_device(0)
+
+
+def _program(path: Path, device: Any, format: str | None = None, kv: str = "bf16") -> tuple[Any, Any]:
+    from finial.backends.cuda import CudaBackend
+    from finial.files.checkpoint import open_checkpoint
+    from finial.formats import Tensor
+    from finial.models.decoder import build_graph, constants
+
+    checkpoint = open_checkpoint(path)
+    weights = dict(checkpoint.tensors)
+    if format is not None:
+        weights = {name: t.to(format) if len(t.shape) == 2 else t for name, t in weights.items()}
+    weights |= {name: Tensor.from_array(array) for name, array in constants(checkpoint.config).items()}
+    graph = build_graph(checkpoint.config, kv)
+    return CudaBackend(device).compile(graph, weights), checkpoint.config
+
+
+def _decode_feeds(batch: int, depth: int, vocab: int) -> dict[str, np.ndarray]:
+    """One row for each of `batch` sequences at position `depth`, each on pages of its own."""
+    per = depth // PAGE + 1
+    pages = np.arange(batch * per, dtype=np.int32).reshape(batch, per)
+    position = np.full(batch, depth, np.int32)
+    return {
+        "tokens": np.random.default_rng(depth).integers(0, vocab, batch).astype(np.int32),
+        "positions": position,
+        "starts": np.arange(batch + 1, dtype=np.int32),
+        "lengths": position + 1,
+        "pages": pages,
+        "slots": (pages[:, depth // PAGE] * PAGE + depth % PAGE).astype(np.int32),
+        "wanted": np.arange(batch, dtype=np.int32),
+    }
+
+
+def _time(device: Any, program: Any, state: Any, feeds: dict[str, np.ndarray], seconds: float = 1.0) -> Row:
+    """Milliseconds of a step's graph."""
+    program.run(feeds, state)
+    recorded, _ = program._prepare(feeds, state)
+
+    def once() -> None:
+        device.replay(recorded.recording)
+
+    for _ in range(5):
+        once()
+    device.synchronize()
+    estimate = device.elapsed_ms(once, 5) / 5
+    inner = max(1, int(20 / max(estimate, 1e-3)))  # replays of about 20 ms a sample
+    samples = []
+    end = time.monotonic() + seconds
+    while len(samples) < 10 or time.monotonic() < end:
+        samples.append(device.elapsed_ms(once, inner) / inner)
+        if len(samples) >= 200:
+            break
+    q = statistics.quantiles(samples, n=20)
+    return {
+        "ms": round(statistics.median(samples), 5),
+        "p05": round(q[0], 5),
+        "p95": round(q[-1], 5),
+        "samples": len(samples),
+    }
+
+
+def machine() -> Row:
+    """GPU, driver, versions."""
+    fields = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
+    smi = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"], capture_output=True, text=True)
+    from finial.backends.cuda.compiler import compiler_version
+
+    device = _device()
+    return {
+        "smi": smi.stdout.strip().splitlines(),
+        "device": device.name,
+        "capability": device.capability,
+        "multiprocessors": device.multiprocessors,
+        "memory": device.memory(),
+        "python": sys.version.split()[0],
+        "nvrtc": compiler_version(),
+    }
+
+
+def smoke() -> Row:
+    """The demo model against the reference, each way that rows can go; the first thing to look at."""
+    from importlib.resources import files
+
+    from finial.backends import get_backend
+    from finial.files.checkpoint import open_checkpoint
+    from finial.formats import Tensor
+    from finial.graph import single_step
+    from finial.models.decoder import build_graph, constants
+
+    checkpoint = open_checkpoint(Path(str(files("finial") / "demo")))
+    tokens = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, 80)
+    result: Row = {}
+    for format, kv in (("bf16", "bf16"), ("q8_0", "q8_0"), ("q4_0", "bf16"), ("f32", "f32")):
+        weights = {n: t.to(format) if len(t.shape) == 2 else t for n, t in checkpoint.tensors.items()}
+        weights |= {name: Tensor.from_array(array) for name, array in constants(checkpoint.config).items()}
+        graph = build_graph(checkpoint.config, kv)
+        outputs = []
+        for name in ("reference", "cuda"):
+            program = get_backend(name).compile(graph, weights)
+            state, rows, at = program.new_state(8, 16), [], 0
+            for count in (1, 1, 40, 1, 3, 17, 1):
+                step = single_step(tokens[at : at + count].tolist(), 16, at)
+                rows.append(program.run(step.feeds(), state)[0])
+                at += count
+            outputs.append(rows)
+        result[f"{format}, cache {kv}"] = [
+            round(float((np.abs(got - want).max(-1) / want.std(-1)).max()), 6)
+            for want, got in zip(*outputs, strict=True)
+        ]
+    result["bound"] = 0.15
+    worst = max(value for row in result.values() if isinstance(row, list) for value in row)
+    if not worst < 0.15:
+        print(json.dumps(result))
+        sys.exit(1)
+    return result
+
+
+def decode(path: Path) -> Row:
+    """Batch 1 at four depths, with and without dependent launch; the share of what memory could do."""
+    from finial.cost import step_bytes
+    from finial.formats import Tensor
+
+    result: Row = {}
+    for dependent in (True, False):
+        device = _device()
+        device.dependent = device.dependent and dependent
+        program, config = _program(path, device)
+        state = program.new_state(32768 // PAGE + 8, PAGE)
+        for depth in (128, 1024, 4096, 32767) if dependent else (128, 4096):
+            row = _time(device, program, state, _decode_feeds(1, depth, config.vocab_size))
+            row["tokens_per_s"] = round(1000 / row["ms"], 1)
+            stored = {v.name: v.shape for v in program.graph.of_kind("weight")}
+            sizes = {
+                n: Tensor("bf16", s, np.zeros(2 * int(np.prod(s)), np.uint8)) for n, s in stored.items() if len(s) == 2
+            }
+            sizes |= {n: Tensor.from_array(np.zeros(s, np.float32)) for n, s in stored.items() if len(s) == 1}
+            row["read_gb_s"] = round(step_bytes(program.graph, sizes, 1, [depth + 1]) / row["ms"] / 1e6, 1)
+            result[f"depth {depth}" + ("" if dependent else ", no dependent launch")] = row
+        program.model.close()
+    return result
+
+
+def batch(path: Path) -> Row:
+    """Several sequences at depth 512."""
+    device = _device()
+    program, config = _program(path, device)
+    state = program.new_state(64 * 17 + 8, PAGE)
+    result: Row = {}
+    for count in (2, 4, 8, 16, 32, 64):
+        row = _time(device, program, state, _decode_feeds(count, 512, config.vocab_size), 0.5)
+        row["tokens_per_s"] = round(1000 * count / row["ms"], 1)
+        result[f"batch {count}"] = row
+    return result
+
+
+def _prompt_feeds(rows: int, vocab: int) -> dict[str, np.ndarray]:
+    from finial.graph import single_step
+
+    tokens = np.random.default_rng(rows).integers(0, vocab, rows).tolist()
+    return single_step(tokens, PAGE, wanted=[rows - 1]).feeds()
+
+
+def prefill(path: Path) -> Row:
+    """Prompts of several lengths in one step."""
+    device = _device()
+    program, config = _program(path, device)
+    state = program.new_state(8192 // PAGE, PAGE)
+    result: Row = {}
+    for rows in (32, 128, 512, 2048, 8192):
+        row = _time(device, program, state, _prompt_feeds(rows, config.vocab_size), 0.5)
+        row["tokens_per_s"] = round(1000 * rows / row["ms"], 1)
+        result[f"{rows} tokens"] = row
+    return result
+
+
+def first_token(path: Path) -> Row:
+    """From 32 token ids on the host to the first new one there."""
+    device = _device()
+    program, config = _program(path, device)
+    state = program.new_state(64, PAGE)
+    samples = []
+    for index in range(60):
+        feeds = _prompt_feeds(32, config.vocab_size)
+        feeds["tokens"] = np.roll(feeds["tokens"], index)
+        start = time.perf_counter()
+        token = int(program.run(feeds, state)[0][0].argmax())
+        samples.append((time.perf_counter() - start) * 1000)
+        assert token >= 0
+    return {
+        "ms": round(statistics.median(samples[10:]), 4),
+        "min": round(min(samples[10:]), 4),
+        "first": round(samples[0], 1),
+    }
+
+
+def formats(path: Path) -> Row:
+    """Batch 1 at depth 128 in other weight formats."""
+    result: Row = {}
+    for format in ("q8_0", "q4_0", "f16"):
+        device = _device()
+        program, config = _program(path, device, format)
+        state = program.new_state(64, PAGE)
+        row = _time(device, program, state, _decode_feeds(1, 128, config.vocab_size), 0.5)
+        row["tokens_per_s"] = round(1000 / row["ms"], 1)
+        result[format] = row
+        program.model.close()
+    return result
+
+
+def kernels(path: Path) -> Row:
+    """Microseconds of each kind of kernel alone, launches together by name; decode at 1k and a prompt of 2,048."""
+    device = _device()
+    program, config = _program(path, device)
+    state = program.new_state(128, PAGE)
+    result: Row = {}
+    for name, feeds in (
+        ("decode", _decode_feeds(1, 1024, config.vocab_size)),
+        ("prefill", _prompt_feeds(2048, config.vocab_size)),
+    ):
+        launches: list[Any] = []
+        record = device.record
+        device.record = lambda given, record=record, launches=launches: (launches.extend(given), record(given))[1]
+        program.run(feeds, state)
+        device.record = record
+        times: dict[str, list[float]] = {}
+        runs = [device.run_each(launches) for _ in range(5)]
+        for index, launch in enumerate(launches):
+            text = f"{launch.kernel.name} grid {launch.grid} x {launch.kernel.threads}"
+            times.setdefault(text, []).append(min(run[index] for run in runs) * 1000)
+        result[name] = {text: {"calls": len(us), "us": round(statistics.median(us), 2)} for text, us in times.items()}
+    return result
+
+
+def agreement(path: Path) -> Row:
+    """The embedded model's text: KL and greedy text against the float32 reference."""
+    from finial.llm import LLM
+
+    prompt = "ROMEO:\nWhat light through yonder window breaks?"
+    with (
+        LLM("demo", backend="cuda", max_context=512) as llm,
+        LLM("demo", backend="reference", max_context=512) as oracle,
+    ):
+        text = llm.generate(prompt, max_tokens=160, ignore_eos=True)
+        expected = oracle.generate(prompt, max_tokens=160, ignore_eos=True)
+        ours, theirs = (
+            llm.score(expected.prompt_tokens + expected.tokens),
+            oracle.score(expected.prompt_tokens + expected.tokens),
+        )
+        from finial.engine.sampling import log_softmax
+
+        p, q = log_softmax(theirs.logits), log_softmax(ours.logits)
+        kl = (np.exp(p) * (p - q)).sum(-1)
+        same = next(
+            (i for i, pair in enumerate(zip(text.tokens, expected.tokens, strict=True)) if pair[0] != pair[1]), 160
+        )
+    return {"kl_mean": float(kl.mean()), "kl_max": float(kl.max()), "same_greedy_tokens": same, "of": 160}
+
+
+def transformers(path: Path) -> Row:
+    """Transformers in bf16 on the same checkpoint: decode at depth 128 (eager, then compiled), prefill of 2,048."""
+    import torch
+    from transformers import AutoModelForCausalLM, StaticCache
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).cuda().eval()
+    result: Row = {}
+
+    def timed(work: Callable[[], object], times: int) -> float:
+        samples = []
+        for _ in range(times):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            torch.cuda.synchronize()
+            samples.append(time.perf_counter() - start)
+        return statistics.median(samples[len(samples) // 4 :]) * 1000
+
+    with torch.inference_mode():
+        ids = torch.randint(0, 1000, (1, 2048), device="cuda")
+        result["prefill 2048 ms"] = timed(lambda: model(ids, logits_to_keep=1), 12)
+        cache = StaticCache(config=model.config, max_cache_len=256)
+        model(ids[:, :128], past_key_values=cache, cache_position=torch.arange(128, device="cuda"))
+        one, at = ids[:, :1].clone(), torch.tensor([128], device="cuda")
+        result["decode ms, eager"] = timed(lambda: model(one, past_key_values=cache, cache_position=at), 30)
+        print(json.dumps(result), flush=True)
+        compiled = torch.compile(model, mode="reduce-overhead", fullgraph=False)
+        result["decode ms, compiled"] = timed(lambda: compiled(one, past_key_values=cache, cache_position=at), 60)
+    return result
+
+
+def probe() -> Row:
+    """What the machine's memory and hand-offs can do; see probe.py."""
+    from benchmarks.gpu import probe as probes
+
+    return probes.run(_device())
+
+
+PARTS: dict[str, Callable[..., Row]] = {
+    "machine": machine,
+    "smoke": smoke,
+    "decode": decode,
+    "batch": batch,
+    "prefill": prefill,
+    "first-token": first_token,
+    "formats": formats,
+    "kernels": kernels,
+    "agreement": agreement,
+    "transformers": transformers,
+    "probe": probe,
+}
+
+if __name__ == "__main__":
+    print(json.dumps(PARTS[sys.argv[1]](*map(Path, sys.argv[2:]))))

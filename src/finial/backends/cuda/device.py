@@ -1,0 +1,70 @@
+"""What a program needs of a device: memory, kernels, and lists of launches that run again and again.
+
+Knows no graph and no driver: `driver.py` is the GPU, and the tests have one that runs the same kernel sources on a CPU.
+
+    recording = device.record([Launch(kernel, (128, 1, 1), kernel.pack(...))])
+    device.replay(recording)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from finial.backends.cuda.kernels import Kernel
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel over a grid of blocks, with its packed argument struct."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    args: bytes
+
+
+def free_all(device: Device, addresses: list[int]) -> None:
+    """Give all of them back; for finalizers, which must not hold what they end."""
+    while addresses:
+        device.free(addresses.pop())
+
+
+class Device(Protocol):
+    """Addresses are integers; work is done in the order in which it is asked for.
+
+    Attributes:
+        name: for messages, such as "cuda:0 NVIDIA H200".
+        capability: as 90.
+        multiprocessors: how many.
+    """
+
+    name: str
+    capability: int
+    multiprocessors: int
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes."""
+
+    def allocate(self, nbytes: int) -> int:
+        """Zeroed memory; raises BackendError when there is not enough."""
+
+    def free(self, address: int) -> None:
+        """Give it back."""
+
+    def upload(self, address: int, data: NDArray[Any]) -> None:
+        """Copy a contiguous array there; the array may change when this returns."""
+
+    def download(self, address: int, data: NDArray[Any]) -> None:
+        """Fill a contiguous array from there, after everything asked for before."""
+
+    def record(self, launches: Sequence[Launch]) -> Any:
+        """Compile what is needed; something that `replay` runs."""
+
+    def replay(self, recording: Any) -> None:
+        """Run the launches in order, each after the one before; returns before they end."""
+
+    def synchronize(self) -> None:
+        """Wait for everything asked for."""

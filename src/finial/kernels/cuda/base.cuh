@@ -1,0 +1,175 @@
+// Ground of all kernels: integer names, bf16 and f16 bits, and every PTX instruction behind a function.
+//
+// Compiled by NVRTC without any header of CUDA's own, and by g++ with FINIAL_TWIN, where tests/cuda/twin.h gives the
+// same functions in C++.  A kernel uses no PTX but through these, so the very same kernel sources run on a CPU.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef signed char i8;
+typedef int i32;
+
+struct alignas(16) Vec4 {  // 16 bytes: one load of a thread
+  u32 x, y, z, w;
+};
+struct alignas(16) Float4 {
+  float x, y, z, w;
+};
+
+#ifdef FINIAL_TWIN
+#include "twin.h"
+#else
+
+#define FINIAL_DEVICE __device__ __forceinline__
+
+// One argument, a struct: the host packs one block of bytes per launch.
+#define FINIAL_KERNEL(name, threads, blocks, Args, body) \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Args args) { body(args); }
+#define FINIAL_DYNAMIC_SHARED(name) extern __shared__ __align__(128) u8 name[]
+
+namespace ptx {
+
+// Weights: read once, so they need not stay in L1.  volatile keeps them where they are written, before a wait.
+FINIAL_DEVICE Vec4 load_stream(const void* p) {
+  Vec4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+FINIAL_DEVICE u16 load_stream_half(const void* p) {
+  u16 v;
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(p));
+  return v;
+}
+// What an earlier kernel wrote: from L2, as L1 may hold what was there before.
+FINIAL_DEVICE float load_shared_by_all(const float* p) {
+  float v;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+  return v;
+}
+FINIAL_DEVICE Vec4 load_cached(const void* p) {
+  Vec4 v;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+FINIAL_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// Programmatic dependent launch (PTX ISA, griddepcontrol): the next kernel may start; all earlier ones are complete.
+FINIAL_DEVICE void allow_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+FINIAL_DEVICE void wait_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+FINIAL_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+FINIAL_DEVICE u32 shuffle_xor(u32 v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+FINIAL_DEVICE u64 shuffle_xor(u64 v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+FINIAL_DEVICE float shuffle(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+FINIAL_DEVICE void sync_block() { __syncthreads(); }
+FINIAL_DEVICE void sync_warp() { __syncwarp(); }
+FINIAL_DEVICE void fence_device() { __threadfence(); }
+FINIAL_DEVICE u32 atomic_add(u32* p, u32 v) { return atomicAdd(p, v); }
+FINIAL_DEVICE u64 atomic_add(u64* p, u64 v) { return atomicAdd(p, v); }
+
+FINIAL_DEVICE float exp2_fast(float x) {  // relative error 2^-22 (PTX ISA, ex2.approx)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FINIAL_DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
+FINIAL_DEVICE void sin_cos_pi(float x, float* s, float* c) { sincospif(x, s, c); }
+FINIAL_DEVICE float as_float(u32 x) { return __uint_as_float(x); }
+FINIAL_DEVICE u32 as_bits(float x) { return __float_as_uint(x); }
+FINIAL_DEVICE float from_half(u32 bits) {
+  float f;
+  asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(bits));
+  return f;
+}
+FINIAL_DEVICE u32 to_half(float x) {
+  u32 bits;
+  asm("{ .reg .b16 h; cvt.rn.f16.f32 h, %1; cvt.u32.u16 %0, h; }" : "=r"(bits) : "f"(x));
+  return bits;
+}
+// Two floats to bf16, nearest even; the first in the low half.
+FINIAL_DEVICE u32 pack_bf16(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+  u32 v;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+#else
+  u32 a = as_bits(low), b = as_bits(high);
+  a += 0x7fffu + ((a >> 16) & 1), b += 0x7fffu + ((b >> 16) & 1);
+  return (a >> 16) | (b & 0xffff0000u);
+#endif
+}
+FINIAL_DEVICE u32 permute(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+
+// D = A·B + D, A 16x16 and B 16x8 in bf16, D in float32 (PTX ISA, mma.m16n8k16).
+FINIAL_DEVICE void mma_bf16(float d[4], const u32 a[4], const u32 b[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  __trap();  // the host asks for no tensor-core kernel below 8.0
+#endif
+}
+FINIAL_DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+FINIAL_DEVICE void load_matrix_x4(u32 r[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+FINIAL_DEVICE void load_matrix_x4_transposed(u32 r[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// 16 bytes from global to shared memory without a register; nothing is read and zeros are written when not valid.
+FINIAL_DEVICE void copy_async(void* shared, const void* global, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+#else
+  Vec4 zero = {0, 0, 0, 0};
+  *(Vec4*)shared = valid ? load_cached(global) : zero;
+#endif
+}
+FINIAL_DEVICE void copy_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int PENDING>
+FINIAL_DEVICE void copy_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+}  // namespace ptx
+#endif
+
+FINIAL_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+FINIAL_DEVICE constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+FINIAL_DEVICE constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
+
+FINIAL_DEVICE float bf16_low(u32 pair) { return ptx::as_float(pair << 16); }
+FINIAL_DEVICE float bf16_high(u32 pair) { return ptx::as_float(pair & 0xffff0000u); }
+FINIAL_DEVICE float from_bf16(u16 bits) { return ptx::as_float((u32)bits << 16); }
+FINIAL_DEVICE u16 to_bf16(float x) { return (u16)ptx::pack_bf16(x, 0.0f); }

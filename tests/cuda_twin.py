@@ -1,0 +1,176 @@
+"""The CUDA kernels' own sources on the CPU: a `Device` for finial.backends.cuda that compiles them with g++.
+
+See tests/cuda/twin.h.  All device memory is one arena at a fixed address, so that what a list of launches does can be
+saved and run again by another program (`snapshot`), which ThreadSanitizer then watches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import mmap
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from finial.backends.cuda.device import Launch
+from finial.backends.cuda.kernels import SOURCES, Kernel, program, sources_digest
+from finial.errors import BackendError
+
+HERE = Path(__file__).parent / "cuda"
+CXX = shutil.which("g++")
+FUNCTIONS: dict[Kernel, Any] = {}  # of all libraries loaded
+BASE = 0x10_0000_0000  # where arenas begin: inside what ThreadSanitizer leaves to a program
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-DFINIAL_TWIN",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-gnu-unique",
+    "-fno-strict-aliasing",
+    "-w",
+]
+
+
+def compile_twin(kernels: Sequence[Kernel], extra: Sequence[str] = ("-shared",), main: str = "") -> Path:
+    """A shared library (or a program) of these kernels; kept for this run of the tests' process."""
+    assert CXX is not None
+    text = program(kernels) + main
+    key = hashlib.sha256(
+        "\0".join((text, sources_digest(), (HERE / "twin.h").read_text(), *extra)).encode()
+    ).hexdigest()
+    folder = Path(tempfile.gettempdir()) / f"finial-twin-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    path = folder / key[:32]
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            source, out = Path(work) / "kernels.cpp", Path(work) / "out"
+            source.write_text(text)
+            command = [CXX, *FLAGS, *extra, f"-I{SOURCES}", f"-I{HERE}", str(source), "-o", str(out), "-lpthread"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[:4000]
+            out.replace(path)
+    return path
+
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.mmap.restype = ctypes.c_void_p
+LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+def _map(size: int) -> int:
+    """Fresh zeroed memory near BASE."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    address = LIBC.mmap(BASE, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    assert address and address != 2**64 - 1
+    return int(address)
+
+
+class TwinDevice:
+    """Blocks one after another in an order that `seed` shuffles anew for each launch."""
+
+    def __init__(
+        self,
+        *,
+        capability: int = 90,
+        multiprocessors: int = 4,
+        arena: int = 64 << 20,
+        seed: int = 1,
+        gather: set[Kernel] | None = None,
+    ) -> None:
+        """`gather`: kernels are put there and nothing runs: `preload` compiles those of many programs at once."""
+        self.name, self.capability, self.multiprocessors = "twin", capability, multiprocessors
+        self.launched: list[Launch] = []
+        self._seed, self._gather = seed, gather
+        self.arena = (_map(arena), arena)
+        self._sizes: dict[int, int] = {}
+        self._free: list[tuple[int, int]] = [self.arena]
+
+    def __del__(self) -> None:
+        LIBC.munmap(*self.arena)
+
+    def memory(self) -> tuple[int, int]:
+        return sum(size for _, size in self._free), self.arena[1]
+
+    def allocate(self, nbytes: int) -> int:
+        size = (nbytes + 256 + 255) // 256 * 256  # with a gap, so that what runs over the end is found
+        for i, (address, room) in enumerate(self._free):
+            if room >= size:
+                self._free[i] = (address + size, room - size)
+                self._sizes[address] = size
+                ctypes.memset(address, 0, nbytes)
+                ctypes.memset(address + nbytes, 0xA5, size - nbytes)
+                return address
+        raise BackendError(f"the twin has no {nbytes:,} bytes")
+
+    def free(self, address: int) -> None:
+        self._free.append((address, self._sizes.pop(address)))
+
+    def upload(self, address: int, data: NDArray[Any]) -> None:
+        assert data.flags.c_contiguous
+        ctypes.memmove(address, data.ctypes.data, data.nbytes)
+
+    def download(self, address: int, data: NDArray[Any]) -> None:
+        ctypes.memmove(data.ctypes.data, address, data.nbytes)
+
+    def record(self, launches: Sequence[Launch]) -> list[Launch]:
+        if self._gather is not None:
+            self._gather.update(launch.kernel for launch in launches)
+            return []
+        self.preload(launch.kernel for launch in launches)
+        return list(launches)
+
+    def preload(self, kernels: Iterable[Kernel]) -> None:
+        missing = sorted(set(kernels) - FUNCTIONS.keys(), key=lambda kernel: kernel.name)
+        if missing:
+            library = ctypes.CDLL(str(compile_twin(missing)))
+            for kernel in missing:
+                function = getattr(library, kernel.name)
+                function.argtypes = [ctypes.c_uint32] * 4 + [ctypes.c_uint64, ctypes.c_uint32, ctypes.c_char_p]
+                function.restype = None
+                FUNCTIONS[kernel] = function
+
+    def replay(self, recording: list[Launch]) -> None:
+        for launch in recording:
+            self._seed += 1
+            kernel = launch.kernel
+            FUNCTIONS[kernel](*launch.grid, kernel.threads, kernel.shared, self._seed, launch.args)
+        self.launched = recording
+
+    def synchronize(self) -> None:
+        pass
+
+    def snapshot(self, path: Path) -> None:
+        """The arena and the launches of the last replay, for `tests/cuda/replay.h`."""
+        address, size = self.arena
+        names = sorted({launch.kernel.name for launch in self.launched})
+        with path.open("wb") as file:
+            file.write(struct.pack("<QQQ", address, size, len(self.launched)))
+            file.write(ctypes.string_at(address, size))
+            for launch in self.launched:
+                kernel = launch.kernel
+                which = names.index(kernel.name)
+                head = struct.pack("<6IQQ", which, *launch.grid, kernel.threads, 0, kernel.shared, len(launch.args))
+                file.write(head + launch.args)
+
+    def replay_under(self, sanitizer: str, work: Path) -> subprocess.CompletedProcess[str]:
+        """The last replay again, each CUDA thread an OS thread, in a program built with a sanitizer."""
+        self.snapshot(work / "snapshot")
+        kernels = sorted({launch.kernel for launch in self.launched}, key=lambda kernel: kernel.name)
+        table = ", ".join(kernel.name for kernel in kernels)
+        main = f'static const Entry ENTRIES[] = {{{table}}};\n#include "replay.h"\n'
+        main = "typedef void (*Entry)(u32, u32, u32, u32, u64, u32, const void*);\n" + main
+        extra = [f"-fsanitize={sanitizer}", "-g1", "-DFINIAL_TWIN_THREADS", "-fno-pie", "-no-pie"]
+        program = compile_twin(kernels, extra, main)
+        environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
+        command = [str(program), str(work / "snapshot")]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
