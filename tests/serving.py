@@ -59,11 +59,13 @@ class Live:
         request = Request(self.url + path, data=data, headers={**kind, **(headers or {})})
         try:
             with urlopen(request, timeout=timeout) as reply:
-                status, raw, got = reply.status, reply.read(), dict(reply.headers)
+                status, raw, got = reply.status, reply.read(), reply.headers.items()
         except HTTPError as error:
             with error:
-                status, raw, got = error.code, error.read(), dict(error.headers)
-        names = {name.lower(): value for name, value in got.items()}
+                status, raw, got = error.code, error.read(), error.headers.items()
+        names: dict[str, str] = {}
+        for name, value in got:  # one that stands there twice is joined
+            names[name.lower()] = ", ".join(filter(None, (names.get(name.lower()), value)))
         is_json = names.get("content-type", "").startswith("application/json")
         return status, msgspec.json.decode(raw) if is_json else raw.decode(), names
 
