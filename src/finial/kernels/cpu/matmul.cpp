@@ -7,7 +7,7 @@
 //
 // One row: n_out * row_bytes from memory for 2 n_out n_in flops: bound by memory. One weight row at a time per thread,
 // because several interleaved streams halve the bandwidth of the machines measured.
-// Many rows: a panel of weight rows is decoded once into the second-level cache and multiplied in blocks of 4 weight
+// Many rows: a panel of weight rows is decoded once into the second-level cache and multiplied in blocks of WIDE weight
 // rows x 3 activation rows: 7 loads for 12 FMAs, bound by the FMA units.
 #include "weights.h"
 
@@ -123,7 +123,7 @@ void block(const Linear& l, const float* FINIAL_RESTRICT w, const float* FINIAL_
 template <int NX>
 void panel(const Linear& l, const float* w, int64_t count, const float* x, float* y, int64_t o) {
   int64_t i = 0;
-  for (; i + 4 <= count; i += 4) block<4, NX>(l, w + i * l.n_in, x, y, o + i);
+  for (; i + WIDE <= count; i += WIDE) block<WIDE, NX>(l, w + i * l.n_in, x, y, o + i);
   for (; i < count; ++i) block<1, NX>(l, w + i * l.n_in, x, y, o + i);
 }
 

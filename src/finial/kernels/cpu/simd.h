@@ -3,7 +3,7 @@
 //   V            W floats. Loads and stores take any alignment.
 //   ACC          accumulators of a dot product: element k goes to lane k % W of accumulator (k / W) % ACC. Every dot
 //                product of every kernel keeps this order, which makes results independent of blocking and batching.
-//   PASS         how many of them a matrix block carries at a time; see matmul.cpp.
+//   PASS         how many of them a matrix block carries at a time, for WIDE rows of weights; see matmul.cpp.
 //   load_n       the first n < W elements, the rest zero;  store_n  only the first n.
 //   load_bf16_pair  2 W elements, even ones to one vector, odd ones to the other: a shift and a mask, no shuffle.
 //   part, join   two vectors of neighbours to even and odd ones, and back.  sum_each  lane i is the sum of a[i].

@@ -1,4 +1,5 @@
-// AVX2, FMA and F16C: eight floats, two accumulators, one of them at a time in a 4 x 3 block of sixteen registers.
+// AVX2, FMA and F16C: eight floats, two accumulators, both of them in a 2 x 3 block of sixteen registers: one at a time
+// in 4 x 3 would load each cache line twice.
 #pragma once
 
 #include <immintrin.h>
@@ -8,7 +9,8 @@ namespace finial::FINIAL_ISA {
 using V = __m256;
 constexpr int W = 8;
 constexpr int ACC = 2;
-constexpr int PASS = 1;
+constexpr int PASS = 2;
+constexpr int WIDE = 2;
 
 FINIAL_INLINE __m256i mask(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

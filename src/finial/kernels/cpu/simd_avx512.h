@@ -9,6 +9,7 @@ using V = __m512;
 constexpr int W = 16;
 constexpr int ACC = 4;
 constexpr int PASS = 2;
+constexpr int WIDE = 4;
 
 FINIAL_INLINE __mmask16 mask(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
 

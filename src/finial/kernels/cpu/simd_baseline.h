@@ -7,6 +7,7 @@ namespace finial::FINIAL_ISA {
 constexpr int W = 4;
 constexpr int ACC = 2;
 constexpr int PASS = 1;
+constexpr int WIDE = 4;
 
 #if defined(__GNUC__)  // GCC and Clang keep this type in a register; operators come with it
 typedef float V __attribute__((vector_size(16)));

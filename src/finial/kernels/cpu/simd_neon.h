@@ -11,6 +11,7 @@ using V = float32x4_t;
 constexpr int W = 4;
 constexpr int ACC = 8;
 constexpr int PASS = 2;
+constexpr int WIDE = 4;
 
 FINIAL_INLINE V zero() { return vdupq_n_f32(0); }
 FINIAL_INLINE V set1(float x) { return vdupq_n_f32(x); }
