@@ -5,15 +5,19 @@
 //   bf16  acc = acc + w[k] x[k] + w[k + 1] x[k + 1], one instruction for a pair
 //   int8  acc = fma(float(sum of a block, exact in int32), scale(w) scale(x), acc), block after block
 // Against exact arithmetic on the rounded activations an output is off by at most (n_in + 2) 2^-24 sum_k |x w|;
-// rounding itself adds 2^-8 |x| per activation for bf16, absmax / 254 of its block for int8 (and an ulp of the scale).
+// rounding itself adds 2^-8 |x| per activation for bf16, absmax / 254 * 17/16 of its block for int8 (packed.h).
 //
 // Few rows: n_out row_bytes from memory, one contiguous stream per thread; 2 n_out n_in flops a row stay below what the
-// stream leaves time for up to about 8 rows. Many rows: a panel (32 outputs, n_in 1024: 64 KiB in bf16) stays in the
-// second-level cache while all rows pass by in tiles of TILE. bf16: 2 loads of weights and 12 broadcasts for 24
-// multiplying instructions. int8: weights of a block stay in registers, 8 multiplying instructions of 11 in all.
-// Measured on 2 cores of EPYC Genoa, bf16, Qwen3-0.6B's shape, against read_bandwidth and peak_flops of the same run: a
-// decode step at depth 32 reads 96 to 97 % of the bandwidth at its best (77 to 88 % median beside other work); 512 rows
-// of one thread reach 228 of 236 GFLOP/s in bf16, 359 of 473 in int8 (q8_0 and q4_0 alike).
+// stream leaves time for up to about 8 rows. Many rows: a group of tiles, whose rounded rows stay in the second-level
+// cache, passes by panel after panel (32 outputs, n_in 1024: 64 KiB in bf16), which is read from there for all but the
+// first tile; where results will go is asked for meanwhile. bf16: 2 loads of weights and 12 broadcasts for 24
+// multiplying instructions. int8: weights of a block stay in registers, 16 multiplying instructions of 18 that share
+// their two ports. Measured on EPYC Genoa against read_bandwidth and peak_flops of the same run: a decode step (bf16,
+// Qwen3-0.6B's shape, 2 cores, depth 32) reads 96 to 97 % of the bandwidth at its best (77 to 88 % median beside other
+// work). 512 rows on one core, n_in x n_out, of 236 GFLOP/s in bf16 and 473 in int8:
+//   1024 x 6144  bf16 222, q8_0 354, q4_0 372      1024 x 1024  bf16 228, q8_0 379, q4_0 381
+//   3072 x 1024  bf16 229, q8_0 381, q4_0 387
+// and rounding their rows takes 1.7 to 2.7 % (bf16) and 3.4 to 5 % (int8) of the time of 1024 outputs.
 #include "packed.h"
 
 #include "packed_bf16.h"
