@@ -134,13 +134,17 @@ def test_what_a_few_logprobs_give_never_exceeds_the_divergence(seed: int, known:
     reference = (3 * draw.normal(size=(4, 12))).astype(np.float32)
     other = reference + draw.normal(size=(4, 12)).astype(np.float32) * draw.choice([0, 0.01, 1, 5])
     ids = draw.integers(12, size=4).tolist()
-    top = []
-    for row in other:
+    top, slack = [], []
+    for row, expected in zip(other, reference, strict=True):
         best = np.argsort(-row, kind="stable")[:known]
+        rest = np.setdiff1d(np.arange(12), best)
+        # Float32 log-probabilities leave an error of 2⁻²⁴ · Σ q |ln q| in the mass of the rest: what is missing to 1.
+        p, q = (np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum() for x in (expected, row))
+        slack.append(1e-5 + 2**-24 * math.log(12) * p[rest].sum() / max(q[rest].sum(), 1e-12))
         logprobs = row.astype(np.float64) - np.log(np.exp(row.astype(np.float64)).sum())
         top.append({int(i): float(np.float32(logprobs[i])) for i in best})
     whole, part = compare(reference, other, ids), compare_top(reference, top, ids)
-    assert (part.kl <= whole.kl + 1e-5).all()
+    assert (part.kl <= whole.kl + slack).all()
     assert (part.top1 == whole.top1).all()
     if known == 12:
         assert part.kl == pytest.approx(whole.kl, abs=2e-5), "with everything known it is the divergence itself"
