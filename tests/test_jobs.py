@@ -47,7 +47,7 @@ def content(answer: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def llm() -> Any:
-    with LLM("demo", threads=1) as opened:
+    with LLM("demo", threads=1, hidden=True) as opened:
         yield opened
 
 

@@ -72,6 +72,7 @@ def batch(
             "max_context": max_context,
             "kv_format": kv_format,
             "max_batch": max_batch,
+            "hidden": True,  # for embeddings
         }
         try:
             if ray is not None:
