@@ -10,8 +10,8 @@ import torch
 
 import models
 from finial import LLM
-from finial.backends import BACKENDS
 from finial.errors import RequestError
+from here import BACKENDS
 
 LENGTHS = (1, 5, 40, 23)
 
