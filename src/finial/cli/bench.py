@@ -7,6 +7,7 @@ Knows how to show what `finial.lab` found.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -69,6 +70,11 @@ def bench(
         typer.Option(metavar="ENVIRONMENT=PATH", help="Interpreter of an engine's environment.", rich_help_panel=_HOW),
     ] = None,
     engines: Annotated[Path | None, typer.Option(help="Where engines' environments lie.", rich_help_panel=_HOW)] = None,
+    serve: Annotated[
+        str, typer.Option(metavar="URL", help="Load an OpenAI-compatible server, open loop.", rich_help_panel=_WHAT)
+    ] = "",
+    rate: Annotated[str, typer.Option(help="Requests a second: 0.5,1,2.", rich_help_panel=_WHAT)] = "1",
+    seconds: Annotated[float, typer.Option(min=1, help="Of sending, at each rate.", rich_help_panel=_WHAT)] = 30.0,
     list_all: Annotated[bool, typer.Option("--list", help="Show workloads and presets.")] = False,
 ) -> int:
     """Measure engines on the same work: what is fastest here, and does it still say the same?
@@ -83,6 +89,8 @@ def bench(
     if list_all:
         _list()
         return 0
+    if serve:
+        return _serve(serve, rate, seconds, _range(prompt)[:1], _range(generate)[:1], out)
     sizes = Sizes(_range(prompt), _range(generate), _range(depth), _range(batch), rounds=rounds)
     formats = [name.strip() for name in format.split(",") if name.strip()]
     plan = Plan.of(
@@ -197,6 +205,52 @@ def _write(path: Path, data: bytes) -> None:
     with atomic_file(path, len(data)) as write:
         write(data)
     console.note(str(path))
+
+
+def _serve(
+    url: str, rates: str, seconds: float, prompt: tuple[int, ...], new: tuple[int, ...], out: Path | None
+) -> int:
+    import asyncio
+    import os
+
+    from finial.lab.open_loop import Load, cell, summary
+    from finial.lab.record import Record
+    from finial.lab.session import version
+    from finial.machine import describe
+
+    try:
+        numbers = [float(text) for text in rates.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) <= 0:
+        raise RequestError(f"--rate {rates!r}", fix="write numbers above 0, as 0.5,1,2")
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    out = out if out is not None else Path(f"finial-bench-serve-{stamp}.json")
+    plan = {"serve": url, "rates": numbers, "seconds": seconds, "prompt": list(prompt), "generate": list(new)}
+    machine = json.loads(json.dumps(describe().to_dict()))
+    record = Record.create(out, plan=plan, started=stamp, commit=version(), machine=machine, busy=None)
+    record.data.command = ["finial", *sys.argv[1:]]
+    page = console.Page()
+    for number in numbers:
+        words, tokens = (*prompt, 32)[0], (*new, 32)[0]
+        load = Load(url, number, seconds, "", words, tokens, key=os.environ.get("OPENAI_API_KEY", ""))
+        requests = asyncio.run(load.run())
+        made, found = cell(load, requests), summary(requests)
+        record.cells[f"served/{made.workload.name}"] = made
+        record.save()
+        page.section(f"{number:g} requests/s for {seconds:g} s: {console.count(found.requests, 'request')}")
+        page.row("goodput", f"{console.significant(found.goodput)} requests/s", "first token in 1 s, gaps in 0.2 s")
+        page.row("tokens", f"{console.significant(found.tok_s)} tok/s")
+        for name, times in (("first token", found.first), ("between tokens", found.gaps)):
+            shown = " / ".join(console.significant(1e3 * value) for value in times)
+            page.row(name, f"{shown} ms" if shown else None, "p50 / p95 / p99")
+        page.row("waiting", f"{found.waiting} at most", "open at once")
+        page.row("sent late", f"{1e3 * found.late:.0f} ms at most", "by this side")
+        for reason, count in found.errors.items():
+            page.row("failed", f"{count}", reason)
+    page.show(console.out())
+    console.note(f"record: {out}")
+    return 0
 
 
 def _range(text: str) -> tuple[int, ...]:
