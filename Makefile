@@ -79,7 +79,7 @@ clean:
 
 # On a machine with an NVIDIA GPU; nothing is fetched. What Python lacks there may lie as wheels in .whl.
 GPU_PYTHON ?= python3
-GPU_WHEELS := gguf
+GPU_WHEELS := msgspec gguf
 
 gpu:
 	@if ls .whl/*.whl >/dev/null 2>&1; then \

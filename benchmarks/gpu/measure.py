@@ -6,6 +6,7 @@ Device times are of CUDA events around replays of a step's graph; medians of run
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,6 +42,12 @@ def _program(path: Path, device: Any, format: str | None = None, kv: str = "bf16
     return CudaBackend(device).compile(graph, weights), checkpoint.config
 
 
+def _greedy(rows: int) -> list[Any]:
+    from finial.backends import Draw
+
+    return [Draw(0.0, 0, 1.0, 0.0, 0.0)] * rows
+
+
 def _decode_feeds(batch: int, depth: int, vocab: int) -> dict[str, np.ndarray]:
     """One row for each of `batch` sequences at position `depth`, each on pages of its own."""
     per = depth // PAGE + 1
@@ -58,12 +65,13 @@ def _decode_feeds(batch: int, depth: int, vocab: int) -> dict[str, np.ndarray]:
 
 
 def _time(device: Any, program: Any, state: Any, feeds: dict[str, np.ndarray], seconds: float = 1.0) -> Row:
-    """Milliseconds of a step's graph."""
-    program.run(feeds, state)
-    recorded, _ = program._prepare(feeds, state)
+    """Milliseconds of a step's graph, the choice of the tokens included."""
+    draws = _greedy(len(feeds["wanted"]))
+    program.sample(feeds, state, draws)
+    recorded, _ = program._prepare(feeds, state, draws)
 
     def once() -> None:
-        device.replay(recorded.recording)
+        device.replay(recorded.sampling[0])
 
     for _ in range(5):
         once()
@@ -88,12 +96,13 @@ def _time(device: Any, program: Any, state: Any, feeds: dict[str, np.ndarray], s
 def machine() -> Row:
     """GPU, driver, versions."""
     fields = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
-    smi = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"], capture_output=True, text=True)
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]
+    smi = subprocess.run(command, capture_output=True, text=True).stdout if shutil.which("nvidia-smi") else ""
     from finial.backends.cuda.compiler import compiler_version
 
     device = _device()
     return {
-        "smi": smi.stdout.strip().splitlines(),
+        "smi": smi.strip().splitlines(),
         "device": device.name,
         "capability": device.capability,
         "multiprocessors": device.multiprocessors,
@@ -209,9 +218,9 @@ def first_token(path: Path) -> Row:
         feeds = _prompt_feeds(32, config.vocab_size)
         feeds["tokens"] = np.roll(feeds["tokens"], index)
         start = time.perf_counter()
-        token = int(program.run(feeds, state)[0][0].argmax())
+        token = int(program.sample(feeds, state, _greedy(1))[0])
         samples.append((time.perf_counter() - start) * 1000)
-        assert token >= 0
+        assert token >= 0, "a logit is not finite"
     return {
         "ms": round(statistics.median(samples[10:]), 4),
         "min": round(min(samples[10:]), 4),

@@ -89,6 +89,7 @@ struct Sample {
     const Request request = a.requests[row];
     // The highest logit, the lowest id among ties: the larger of (key, not id).  NaN counts as the highest.
     u64 best = 0;
+#pragma unroll 8
     for (int i = threadIdx.x; i < a.vocab; i += THREADS) {
       const float v = ptx::load_shared_by_all(logits + i);
       const u64 candidate = (u64)(v == v ? key_of(v) : 0xffffffffu) << 32 | (u32)~i;
