@@ -105,11 +105,7 @@ FINIAL_INLINE void meet(const Linear& l, int64_t panel, const Product& p, const 
     case Format::Q4_0:
       return tiles_int8<Q4>(w, p.x, p.rows, p.begin, p.end, l.n_in / 32, target, c);
     default:
-      for (int64_t i = p.begin; i < p.end; ++i) {
-        const Tile t = tile_of(p.rows, i);
-        tile_k(l.format, w, p.x + t.first * rounded_bytes(Rounding::INT8, l.n_in), l.n_in, t.count, c);
-        c += t.count * PANEL;
-      }
+      return tiles_k(l, w, p, target, c);
   }
 }
 

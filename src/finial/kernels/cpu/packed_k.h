@@ -16,14 +16,14 @@
 // levels, one thread read 13 GB/s from memory instead of 31 (of 32.5), because the prefetcher saw two streams.
 #pragma once
 
-#include "packed.h"
+#include "panels.h"
 
 namespace finial::FINIAL_ISA {
 
 // Outputs [first, first + PANEL) into their panel, which is zero.
 void pack_k(const Linear& l, uint8_t* out, int64_t first);
 
-// c [rows, PANEL] = a panel times a tile of int8 rows.
-void tile_k(Format format, const uint8_t* w, const uint8_t* tile, int64_t n_in, int64_t rows, float* c);
+// c [rows of the product's tiles, PANEL] = a panel times them.
+void tiles_k(const Linear& l, const uint8_t* w, const Product& p, const Target& target, float* c);
 
 }  // namespace finial::FINIAL_ISA
