@@ -173,4 +173,8 @@ class TwinDevice:
         program = compile_twin(kernels, extra, main)
         environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
         command = [str(program), str(work / "snapshot")]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        if "unexpected memory mapping" in done.stderr:  # older sanitizers and kernels that scatter addresses far
+            command = ["setarch", "-R", *command]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        return done
