@@ -421,6 +421,18 @@ def test_both_cache_settings_are_rows_of_one_cell(bench: Bench) -> None:
     assert all(len(row.samples) == 3 for row in rows.values())
 
 
+def test_verdicts_that_an_interruption_left_out_are_made_up_for(bench: Bench) -> None:
+    engine = bench.engine("honest", text=LIAR)
+    record = bench.run([engine], (DECODE,))
+    at = record.cells["demo/stored/2/decode"].at
+    assert not record.data.verdicts
+    group = Group("demo", "stored", 2, (DECODE,))
+    with Judge(bench.places, 2) as judge:
+        Runner(record, bench.places, [engine], FakeProbe(), lambda text: None).group(group, judge)
+    assert record.data.verdicts["demo/stored"]["honest"].kl_mean is not None
+    assert record.cells["demo/stored/2/decode"].at == at, "nothing is measured again"
+
+
 def test_starts_give_load_time_and_memory(bench: Bench) -> None:
     record = bench.run([bench.engine("finial"), bench.engine("other")], (DECODE,), starts=2)
     for name in (LOAD.name, MEMORY.name):

@@ -110,9 +110,11 @@ class Runner:
             judge: gives the verdicts; None: the record has none.
         """
         left = [w for w in group.workloads if f"{group.key}/{w.name}" not in self._record.cells]
-        if not left:
+        judged = self._record.data.verdicts.get(f"{group.model}/{group.format}", {})
+        unjudged = [s for s in self._subjects_of(group) if judge is not None and s.name not in judged]
+        if not left and not (unjudged and self._numbers(group)):
             return
-        engines = [e for e in self._engines if any(e.runs(group.format, w) for w in left)]
+        engines = [e for e in self._engines if any(e.runs(group.format, w) for w in left or group.workloads)]
         if not engines:
             return
         self._failed, self._replies, self._files, self._reading = {}, {}, {}, None
@@ -131,6 +133,9 @@ class Runner:
                         self._start(subject, group, context)  # new, or it died in an earlier workload
                 self._measure(group, workload, subjects, config.vocab_size)
             if judge is not None:
+                for subject in unjudged if not left else ():  # it was interrupted before its verdicts
+                    if subject.name in self._numbers(group):
+                        self._start(subject, group, context)
                 self._judge(judge, group)
         finally:
             for worker in self._workers.values():
@@ -166,6 +171,11 @@ class Runner:
                     if row is not None and row.status == "ok":
                         _reject(row, "invalid", verdict.flaws[0])
         self._record.save()
+
+    def _numbers(self, group: Group) -> set[str]:
+        """Rows of a group that have numbers."""
+        cells = [cell for key, cell in self._record.cells.items() if key.startswith(f"{group.key}/")]
+        return {name for cell in cells for name, row in cell.engines.items() if row.samples}
 
     def _subjects_of(self, group: Group) -> list[Subject]:
         found = {s.name: s for workload in group.workloads for s in self._subjects(group, workload)}
