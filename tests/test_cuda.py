@@ -20,6 +20,7 @@ from finial.backends.cuda import CudaBackend, kernels
 from finial.backends.cuda.device import Launch
 from finial.backends.cuda.kernels import Kernel
 from finial.backends.cuda.program import CudaProgram
+from finial.backends.cuda.weights import fp8_decoded, pack_matrix
 from finial.engine.generate import Engine
 from finial.engine.sampling import SamplingParams, choose
 from finial.errors import BackendError
@@ -358,3 +359,16 @@ def test_a_group_is_shared_out_evenly(group: int) -> None:
         at_once = kernels.heads_at_once(cache, group)
         parts = -(-group // at_once)
         assert at_once * parts >= group and at_once * (parts - 1) < group and at_once <= 4
+
+
+def test_fp8_is_e4m3_scaled_by_row() -> None:
+    """The bits of PyTorch's float8_e4m3fn, subnormals and zeros among them, and what the kernels read of them."""
+    import torch
+
+    values = np.random.default_rng(3).normal(size=(7, 96)).astype(np.float32) * np.logspace(-3, 0, 96, dtype=np.float32)
+    values[2] = 0
+    data, scales = pack_matrix([Tensor.from_array(values)], "fp8", interleave=False)
+    scale = scales.reshape(7, 1) / np.float32(256)
+    expected = torch.from_numpy(values / scale).to(torch.float8_e4m3fn)
+    np.testing.assert_array_equal(data[:, :96], expected.view(torch.uint8).numpy())
+    np.testing.assert_array_equal(fp8_decoded(data, scales.reshape(7, 1), 96), expected.float().numpy() * scale)
