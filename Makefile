@@ -32,15 +32,18 @@ $(VENV)/package: $(VENV)/python pyproject.toml CMakeLists.txt $(NATIVE)
 	$(PIP) install --quiet --editable .
 	@touch $@
 
-# torch goes first and alone: what comes after it must not choose a build with gigabytes of CUDA.
-$(VENV)/test-packages: $(VENV)/package
+# torch goes first and alone: what comes after it must not choose a build with gigabytes of CUDA. The extras' packages are
+# installed by name, since ".[test]" would build finial again.
+$(VENV)/test-packages: $(VENV)/package tools/extras.py
 	$(PIP) install --quiet "$(TORCH)"
-	$(PIP) install --quiet --editable ".[test]"
+	@$(BIN)/python tools/extras.py test > $(VENV)/test.txt
+	$(PIP) install --quiet --requirement $(VENV)/test.txt
 	$(PIP) install --quiet --no-deps reasoning-from-scratch
 	@touch $@
 
 $(VENV)/check-packages: $(VENV)/test-packages
-	$(PIP) install --quiet --editable ".[test,dev]"
+	@$(BIN)/python tools/extras.py test dev > $(VENV)/check.txt
+	$(PIP) install --quiet --requirement $(VENV)/check.txt
 	@touch $@
 
 demo: $(VENV)/package
