@@ -18,16 +18,15 @@ HEADLINES = 6  # workloads of a family that get bars of their own
 
 def speeds(study: Study, pen: Pen) -> Iterator[Chart]:
     """Bars by engine in each format of one workload, with intervals and the limit."""
-    found: dict[tuple[str, str, int, str], list[list[Result]]] = {}
+    found: dict[tuple[str, int, str], list[list[Result]]] = {}
     for cell in study.cells():
         if cell and cell[0].unit == "tok/s" and any(result.ok for result in cell):
-            result = cell[0]
-            record, model, _, threads = result.group
-            found.setdefault((record, model, threads, result.cell.workload.name), []).append(cell)
-    families: dict[tuple[str, str, int, str], int] = {}
-    for (record, model, threads, name), cells in found.items():
+            _, model, _, threads = cell[0].group
+            found.setdefault((model, threads, cell[0].cell.workload.name), []).append(cell)
+    families: dict[tuple[str, int, str], int] = {}
+    for (model, threads, name), cells in found.items():
         workload = cells[0][0].cell.workload
-        family = (record, model, threads, workload.family or name)
+        family = (model, threads, workload.family or name)
         families[family] = families.get(family, 0) + 1
         if workload.family in ("depth", "cache") or families[family] > HEADLINES:
             continue  # curves show those better
@@ -35,8 +34,8 @@ def speeds(study: Study, pen: Pen) -> Iterator[Chart]:
             pen,
             cells,
             lambda result: None if result.value is None else (result.value.median, result.value.low, result.value.high),
-            name=slug("speed", record if pen.many else "", model, threads, name),
-            heading=f"{name}: {model}, {threads} thread{'s' * (threads != 1)}" + (f" ({record})" if pen.many else ""),
+            name=slug("speed", model, threads, name),
+            heading=f"{name}: {model}, {threads} thread{'s' * (threads != 1)}",
             axis="tokens per second",
             caption="Median, 95 % interval, share of the limit; upright: the median of what the machine allowed.",
             label=lambda result: (number(result.middle), percent(result.share)),
@@ -46,18 +45,18 @@ def speeds(study: Study, pen: Pen) -> Iterator[Chart]:
 
 def memory(study: Study, pen: Pen) -> Iterator[Chart]:
     """Bars of peak memory beside what the weights and the cache must take."""
-    found: dict[tuple[str, str, int], list[list[Result]]] = {}
+    found: dict[tuple[str, int], list[list[Result]]] = {}
     for cell in study.cells():
         if cell and cell[0].cell.workload.kind == "memory" and any(result.ok for result in cell):
-            record, model, _, threads = cell[0].group
-            found.setdefault((record, model, threads), []).append(cell)
-    for (record, model, threads), cells in found.items():
+            _, model, _, threads = cell[0].group
+            found.setdefault((model, threads), []).append(cell)
+    for (model, threads), cells in found.items():
         yield bars(
             pen,
             cells,
             lambda result: None if result.value is None else (result.value.median, result.value.low, result.value.high),
-            name=slug("memory", record if pen.many else "", model, threads),
-            heading=f"Peak memory after a short text: {model}" + (f" ({record})" if pen.many else ""),
+            name=slug("memory", model, threads),
+            heading=f"Peak memory after a short text: {model}",
             axis="GB (10⁹ bytes) of the process tree",
             caption="The upright line is the weights in their format and the KV cache that was filled.",
             label=lambda result: ("", number(result.middle)),

@@ -109,15 +109,17 @@ def bars(
     label: Callable[[Result], tuple[str, str]],
     limit: bool,
 ) -> Chart:
-    """Groups of bars, one group for each cell, named by format."""
+    """Groups of bars, one group for each cell, named by format and, where that is not enough, by record."""
     shown = [found for cell in cells if (found := [result for result in cell if values(result) is not None])]
     rows = sum(len(cell) for cell in shown)
     figure, axes = pen.axes(0.75 + 0.24 * rows + 0.3 * len(shown))
     at, ticks, names, top = 0.0, [], [], 0.0
-    for cell in shown:
+    formats = [cell[0].cell.format for cell in shown]
+    for cell, format in zip(shown, formats, strict=True):
         start = at
+        group = format if formats.count(format) == 1 else f"{format} · {cell[0].record}"
         axes.text(
-            0, at - 0.78, cell[0].cell.format, transform=axes.get_yaxis_transform(), fontsize=POINTS, fontweight="bold",
+            0, at - 0.78, group, transform=axes.get_yaxis_transform(), fontsize=POINTS, fontweight="bold",
             color=pen.theme.ink, va="center",
         )  # fmt: skip
         for result in cell:
