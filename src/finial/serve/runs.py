@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from finial.serve.service import Service
 
 
-class Run:
+class Run(ABC):
     """One request; leave it (`async with`) and what is unfinished is cancelled.
 
     Attributes:
@@ -170,14 +171,17 @@ class Run:
         if self._include_usage:
             yield [self._usage_chunk()]
 
+    @abstractmethod
     def _reply(self) -> Reply:
-        raise NotImplementedError
+        """The whole answer."""
 
+    @abstractmethod
     def _chunk(self, index: int, pieces: list[Piece]) -> Chunk | None:
-        raise NotImplementedError
+        """What a sequence's new pieces look like; None when they show nothing yet."""
 
+    @abstractmethod
     def _usage_chunk(self) -> Chunk:
-        raise NotImplementedError
+        """The last chunk, which only counts."""
 
 
 class ChatRun(Run):
