@@ -11,13 +11,13 @@ node that touches it stay on one backend.  Knows no model and no scheduling.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from finial.backends import Backend, Draw, Program, Timing, get_backend
+from finial.backends import Ahead, Backend, Draw, Program, Timing, get_backend
 from finial.errors import BackendError
 from finial.formats import Tensor
 from finial.graph import Graph, Node, Step
@@ -101,6 +101,17 @@ class Executable:
             return None
         tokens: np.ndarray | None = choose(step.feeds(), self._states[0], draws)
         return tokens
+
+    def ahead(self, step: Step, ahead: Ahead) -> Generator[np.ndarray, None, None] | None:
+        """A run of decode steps without the host between them; see `finial.backends.RunsAhead.ahead`.
+
+        None, with nothing done, when no backend of this graph does that.
+        """
+        run = getattr(self._programs[0], "ahead", None) if len(self._programs) == 1 else None
+        if run is None:
+            return None
+        steps: Generator[np.ndarray, None, None] | None = run(step.feeds(), self._states[0], ahead)
+        return steps
 
     def profile(self, on: bool) -> None:
         """From now on note what each instruction of a step takes, from zero; or stop noting.

@@ -9,11 +9,12 @@ compiles a whole graph (or a segment of one) into a program whose `run` is one c
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finial.errors import BackendError
 from finial.formats import Tensor
@@ -53,6 +54,27 @@ class Draw:
     uniform: float
 
 
+ENDED = -2  # instead of a token: the row ended in an earlier step of the run
+NOT_FINITE = -1  # instead of a token: the row's highest logit is not finite
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """How the tokens of a run of decode steps are chosen, and when its rows end (`RunsAhead`).
+
+    Attributes:
+        draws: of each row, the same in all steps; `Draw.uniform` is not looked at.
+        uniforms: float64 [N, B], in [0, 1): the random number of each step and row; N >= 1 is the most steps.
+        stop_ids: of each row, the tokens that end it.
+        limits: int32 [B], 1 to N: how many tokens a row gets at most.
+    """
+
+    draws: Sequence[Draw]
+    uniforms: NDArray[np.float64]
+    stop_ids: Sequence[frozenset[int]]
+    limits: NDArray[np.int32]
+
+
 class State(Protocol):
     """The cache of one program: what its graph's state values hold."""
 
@@ -76,6 +98,39 @@ class Program(Protocol):
 
         Raises:
             BackendError: feeds that point outside the vocabulary, the cache or themselves.
+        """
+
+
+class RunsAhead(Protocol):
+    """What a program has besides that decodes several steps without the host between them."""
+
+    def ahead(
+        self, feeds: Mapping[str, np.ndarray], state: Any, ahead: Ahead
+    ) -> Generator[NDArray[np.int32], None, None] | None:
+        """Start a run of up to N decode steps, each of which takes in the tokens that the one before chose.
+
+        Step k computes, for each row b that has not ended, position positions[b] + k of a sequence that then has
+        lengths[b] + k positions, from the token that step k - 1 chose (step 0: tokens[b]), keeps its key and value
+        in the slot that `pages` gives for that position, and chooses the row's next token.  A row ends with a token
+        of its stop_ids, with its limits[b]-th token, or with NOT_FINITE; it writes nothing from then on.
+
+        Args:
+            feeds: of step 0, as `Program.run` takes them: one row a sequence (starts are 0, 1, … B, wanted is 0, 1,
+                … B - 1), the newest of its sequence (lengths = positions + 1).  `pages` has entries for positions
+                up to positions[b] + limits[b] - 1.  The arrays may change when this returns.
+            ahead: N, B and what belongs to them.
+
+        Returns:
+            A generator; the device is at work when this returns, before anything is asked of it.  It yields an int32
+            [B] for each step in order, once the step is known: the token of each row, NOT_FINITE or ENDED.  It ends
+            after the step with which the last row ended, so after N steps at most.
+            `close()` ends the run where it stands, and so does letting go of the generator: what is already under way
+            may still write to positions[b] … positions[b] + limits[b] - 1 of each row, so of these only those whose
+            steps were yielded are kept; all of it is done before whatever is asked of the program next.  Until the
+            generator has ended or is closed nothing else may be asked of this program.
+            None, with nothing done: this program cannot run this step ahead; `sample` and `run` can.
+        Raises:
+            BackendError: as `Program.run`; also while the run is under way, when the device fails.
         """
 
 
