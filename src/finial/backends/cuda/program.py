@@ -21,8 +21,9 @@ from finial.backends import Draw
 from finial.backends.cuda import kernels
 from finial.backends.cuda.device import Device, Launch, free_all
 from finial.backends.cuda.kernels import cache_row_bytes, flash_tokens
-from finial.backends.cuda.lower import Lowering, Place, Workspace
+from finial.backends.cuda.lower import Lowering
 from finial.backends.cuda.model import Model
+from finial.backends.cuda.workspace import Place, Workspace
 from finial.errors import BackendError
 from finial.formats import Tensor
 from finial.graph import Graph, Node, Value
