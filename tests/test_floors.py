@@ -29,6 +29,7 @@ FLOORS = {
     "finial.executor": 2,
     "finial.machine": 2,
     "finial.engine": 3,
+    "finial.loading": 3,
     "finial.llm": 4,
     "finial.verdict": 4,
     "finial.lab": 5,

@@ -21,7 +21,7 @@ import finial
 from finial import LLM, FinialError, SamplingParams
 from finial.engine.sampling import greedy, log_softmax
 from finial.errors import BackendError, ModelError, RequestError
-from finial.llm import size_cache
+from finial.loading import size_cache
 
 DEMO = Path(str(files("finial") / "demo"))
 PROMPT = "ROMEO:\nBut, soft! what light"
@@ -331,7 +331,7 @@ def test_streams_have_one_continuation(llm: LLM) -> None:
 
 
 def test_a_score_that_does_not_fit_is_refused(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finial.llm._free_memory", lambda: 1_000_000)
+    monkeypatch.setattr("finial.llm.free_memory", lambda: 1_000_000)
     with pytest.raises(RequestError, match=r"logits of 100 positions take 0.00 GB|logits of 100 positions"):
         llm.score([5] * 100)
 

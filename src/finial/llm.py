@@ -30,12 +30,10 @@ from finial.engine.results import AsyncStream, Completion, Score, Stream
 from finial.engine.sampling import SamplingParams
 from finial.errors import ModelError, RequestError
 from finial.executor import compile_graph, device_memory
-from finial.files.checkpoint import Checkpoint, GenerationDefaults, open_checkpoint
+from finial.files.checkpoint import GenerationDefaults, open_checkpoint
 from finial.files.hub import resolve
 from finial.files.text import Text
-from finial.formats import Tensor, get_format
-from finial.machine.memory import probe_memory
-from finial.machine.sources import Sources
+from finial.loading import check_positive, free_memory, gigabytes, has_tokenizer, size_cache, weights_in
 from finial.models.decoder import build_graph, constants
 
 Prompt = str | Sequence[int]
@@ -130,12 +128,12 @@ class LLM:
         checkpoint = open_checkpoint(path)
         config = checkpoint.config
         graph = build_graph(config, kv_format, hidden=hidden)
-        weights = _weights(checkpoint, format)
+        weights = weights_in(checkpoint, format)
         weight_bytes = sum(tensor.nbytes for tensor in weights.values())
         token_bytes = kv_bytes_per_token(graph)
-        _check_positive(max_batch=max_batch, page_size=page_size, max_step_tokens=max_step_tokens)
+        check_positive(max_batch=max_batch, page_size=page_size, max_step_tokens=max_step_tokens)
         free = device_memory(backend)
-        free = _free_memory() if free is None else free
+        free = free_memory() if free is None else free
         context, pages = size_cache(
             config.max_context,
             token_bytes,
@@ -146,7 +144,7 @@ class LLM:
         )
         executable = compile_graph(graph, {**weights, **constants(config)}, backend, threads)
         self._executable = executable
-        self._text = checkpoint.text() if _has_tokenizer(checkpoint) else None
+        self._text = checkpoint.text() if has_tokenizer(checkpoint) else None
         ends = (*checkpoint.generation.eos_ids, *(self._text.eos_ids if self._text is not None else ()))
         self._engine = Engine(
             executable,
@@ -316,10 +314,10 @@ class LLM:
             RequestError: also when the result would not fit the free memory.
         """
         ids = self._encode(tokens)
-        need, free = len(ids) * self.info.config.vocab_size * 4 * 2, _free_memory()  # collected, then joined
+        need, free = len(ids) * self.info.config.vocab_size * 4 * 2, free_memory()  # collected, then joined
         if free is not None and need > free:
             raise RequestError(
-                f"logits of {len(ids)} positions take {_gb(need)}, {_gb(free)} is free",
+                f"logits of {len(ids)} positions take {gigabytes(need)}, {gigabytes(free)} is free",
                 fix="score fewer tokens at a time, or ask generate for prompt_logprobs",
             )
         handle = self._engine.submit(ids, SamplingParams(max_tokens=0), keep_logits=True)
@@ -432,52 +430,6 @@ class LLM:
             raise
 
 
-def size_cache(
-    model_context: int,
-    token_bytes: int,
-    *,
-    free: int | None,
-    max_context: int | None,
-    max_batch: int,
-    page_size: int,
-) -> tuple[int, int]:
-    """(positions of one sequence, pages of the cache).
-
-    The cache holds max_batch sequences of that length, or what a quarter of the free memory holds, but at least one.
-
-    Args:
-        model_context: positions the model was made for.
-        token_bytes: cache bytes of one position.
-        free: bytes left for the cache; None: unknown.
-    Raises:
-        RequestError: max_context is over the model's own, or one such sequence does not fit into `free`.
-    """
-    quarter = None if free is None else max(0, free) // 4 // token_bytes  # positions
-    if max_context is None:
-        context = model_context if quarter is None else min(model_context, max(quarter, min(model_context, 512)))
-    else:
-        _check_positive(max_context=max_context)
-        context = max_context
-        if context > model_context:
-            raise RequestError(
-                f"max_context={context} is over the model's own {model_context}", fix=f"ask for {model_context} or less"
-            )
-    pages = -(-context // page_size)
-    need = pages * page_size * token_bytes
-    if free is not None and need > free:
-        fits = max(0, free) // token_bytes
-        raise RequestError(
-            f"a context of {context} tokens needs {_gb(need)} of cache ({token_bytes:,} bytes a token), "
-            f"{_gb(max(0, free))} is free beside the weights",
-            fix=f"ask for max_context={fits} or less"
-            if fits
-            else "free some memory, or choose a smaller weight format",
-        )
-    if quarter is None:
-        return context, pages * max_batch
-    return context, max(pages, min(pages * max_batch, quarter // page_size))
-
-
 def normalised(handle: Handle) -> NDArray[np.float32]:
     """The embedding of a finished sequence, of length 1; raises the error of one that failed."""
     if handle.error is not None:
@@ -490,28 +442,6 @@ def normalised(handle: Handle) -> NDArray[np.float32]:
             f"the model's hidden state has the length {length}", fix="the weights are damaged: fetch the model again"
         )
     return (vector / length).astype(np.float32)
-
-
-def _weights(checkpoint: Checkpoint, format: str | None) -> dict[str, Tensor]:
-    """The checkpoint's tensors; where a format is asked for, matrices that are re-encoded as they are read."""
-    if format is None:
-        return dict(checkpoint.tensors)
-    if get_format(format).encode is None:
-        raise ModelError(f"format {format} can be read, not written", fix="choose f32, f16, bf16, q8_0 or q4_0")
-    weights = {}
-    for name, tensor in checkpoint.tensors.items():
-        try:
-            weights[name] = tensor.later(format, name) if len(tensor.shape) == 2 else tensor
-        except ModelError as error:
-            raise ModelError(f"{name}: {error.what}", fix=error.fix) from error
-    return weights
-
-
-def _has_tokenizer(checkpoint: Checkpoint) -> bool:
-    """Whether there is one to read; a damaged one is still an error."""
-    if checkpoint.kind == "gguf":
-        return "tokenizer.ggml.model" in checkpoint.fields
-    return any((checkpoint.path / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer.model"))
 
 
 def _params(sampling: dict[str, Any]) -> SamplingParams:
@@ -536,17 +466,3 @@ def _is_ids(prompts: Any) -> bool:
         and not isinstance(prompts, str | bytes)
         and all(isinstance(token, int | np.integer) for token in prompts)
     )
-
-
-def _check_positive(**values: Any) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise RequestError(f"{name}={value!r}", fix="pass an integer, 1 or more")
-
-
-def _free_memory() -> int | None:
-    return probe_memory(Sources()).available_bytes
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
