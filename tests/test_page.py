@@ -206,6 +206,45 @@ def test_output_is_text_and_never_markup(server: Live, browser: Browser) -> None
     assert page.run("(() => { try { document.body.innerHTML = '<b>x</b>'; return false } catch { return true } })()")
 
 
+def test_thoughts_are_folded_away(server: Live, browser: Browser) -> None:
+    """The demo model does not think, so the answer's stream is given to the page in its place."""
+    page = browser.open(server.url + "/", width=DESKTOP[0], height=DESKTOP[1])
+    deltas = [
+        {"reasoning_content": "Who "},
+        {"reasoning_content": "goes <b>there</b>?"},
+        {"content": "A "},
+        {"content": "friend."},
+    ]
+    chunks = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    stream = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    page.run(
+        """(() => {
+            const real = window.fetch;
+            window.asked = [];
+            window.fetch = async (path, options) => {
+                if (path !== "/v1/chat/completions") return real(path, options);
+                window.asked.push(options.body);
+                return new Response(%s, { headers: { "Content-Type": "text/event-stream" } });
+            };
+        })()"""
+        % json.dumps(stream)
+    )
+    ask(page, "Who is there?", 1)
+    fold = "document.querySelector('details.think')"
+    assert page.run(f"{fold}.open") is False
+    assert page.run(f"{fold}.querySelector('summary').textContent").startswith("Thought for ")
+    assert page.run(f"{fold}.querySelector('div').textContent") == "Who goes <b>there</b>?"
+    assert page.run("document.querySelector('.turn:last-child > div > .prose').textContent") == "A friend."
+    page.click("details.think summary")
+    page.wait(f"{fold}.open")
+    pictures(page, "thoughts")
+    ask(page, "Come in.", 2)
+    history = json.loads(page.run("window.asked[1]"))["messages"]
+    assert [m["content"] for m in history] == ["Who is there?", "A friend.", "Come in."]  # thoughts are not said again
+    assert page.problems == []
+
+
 def test_a_key_is_asked_for_and_kept_by_the_tab_alone(locked: Live, browser: Browser) -> None:
     page = browser.open(locked.url + "/", password=KEY)
     ask(page, "Good morrow.", 1)
