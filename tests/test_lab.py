@@ -28,7 +28,7 @@ from finial.lab.report.markdown import render
 from finial.lab.roofline import Floor, peak_for
 from finial.lab.runner import Runner
 from finial.lab.statistics import exponent, median_interval, paired_ratio, spread, unpaired_ratio
-from finial.lab.verdicts import Judge, regret
+from finial.lab.verdicts import Judge
 from finial.lab.worker import Worker, WorkerError
 from finial.lab.workloads import (
     BATCH_CASES,
@@ -404,14 +404,11 @@ def test_text_that_is_not_the_models_makes_its_rows_invalid(bench: Bench) -> Non
     verdicts = record.data.verdicts["demo/stored"]
     assert verdicts["honest"].kl_mean is not None and verdicts["honest"].kl_mean < 1e-3
     assert verdicts["honest"].greedy_agreement is not None and verdicts["honest"].greedy_agreement > 0.9
+    found = verdicts["honest"]
+    assert (found.positions, found.text, found.basis, found.repeat_same_text) == (192, "sampled", "logits", True)
+    assert found.repeat_kl_max == 0 and found.top5 is not None and found.top5 > 0.9 and "NumPy" in found.reference
+    assert found.ratio == pytest.approx(1, abs=0.01) and found.perplexity_error and found.perplexity_reference
     assert "measured text" in render(Record.open(record.path).data)
-
-
-def test_regret_is_a_share_of_the_way_to_random_tokens() -> None:
-    logits = np.random.default_rng(0).normal(size=(200, 1000)).astype(np.float32)
-    assert regret(logits, logits.argmax(-1)) == 0
-    assert regret(logits, np.random.default_rng(1).integers(0, 1000, 200)) == pytest.approx(1, abs=0.1)
-    assert not regret(np.full((2, 4), np.nan, np.float32), [0, 1]) <= 1, "not a number is not small"
 
 
 def test_both_cache_settings_are_rows_of_one_cell(bench: Bench) -> None:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from finial.lab.answer import answer
 from finial.lab.compare import compare
 from finial.lab.engines.table import ENGINES, Engine
 from finial.lab.plan import PRESETS, Plan
-from finial.lab.record import Cell, Record, Row, Sample, Verdict
+from finial.lab.record import Cell, Data, Record, Row, Sample, Verdict
 from finial.lab.report import csv_text, markdown_text
 from finial.lab.session import Model, Session, choose
 from finial.lab.workloads import Sizes, Workload
@@ -82,23 +82,37 @@ def test_the_demo_model_on_four_engines(tmp_path: Path) -> None:
     assert len(rows_of_csv) == 2 * 4 * 3 and {row["status"] for row in rows_of_csv} == {"ok"}
 
 
-def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    arguments = ["-e", "finial", "-w", "depth", "--depth", "4,8,16,32", "--rounds", "4", "--out", "r.json"]
+def killed(home: Path, arguments: list[str], record: Path, when: Callable[[Data], bool]) -> Data:
+    """A bench that is killed as soon as its record is so; the record."""
     command = [sys.executable, "-m", "finial.cli", "bench", *arguments]
-    running = subprocess.Popen(command, env=environment(tmp_path), cwd=tmp_path, stderr=subprocess.DEVNULL)
-    record = tmp_path / "r.json"
+    running = subprocess.Popen(command, env=environment(home), cwd=home, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not record.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    while time.monotonic() < deadline and running.poll() is None:
+        if record.exists() and when(Record.open(record).data):
+            break
+        time.sleep(0.01)
     running.send_signal(signal.SIGKILL)
     running.wait()
-    before = Record.open(record).cells
-    assert before, "it had saved a cell"
+    return Record.open(record).data
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    arguments = ["-e", "finial", "-w", "depth", "--depth", "4,8,16,32", "--rounds", "4", "--out", "r.json"]
+    record = tmp_path / "r.json"
+    before = killed(tmp_path, arguments, record, lambda data: bool(data.cells)).cells
+    assert 0 < len(before) < 4, "it had saved a cell"
+    unjudged = killed(tmp_path, arguments, record, lambda data: len(data.cells) == 4)
+    assert len(unjudged.cells) == 4 and not any(unjudged.verdicts.values()), "killed before its verdicts"
     done = bench(tmp_path, *arguments)
-    after = Record.open(record).cells
-    assert len(after) == 4 and all(after[key].at == cell.at for key, cell in before.items())
-    assert "going on with" in done.stderr or len(before) == 4
+    data = Record.open(record).data
+    assert "going on with" in done.stderr and "prompt" not in done.stderr
+    verdict = data.verdicts["demo/stored"]["finial"]
+    assert verdict.kl_mean is not None and verdict.kl_mean < 1e-3 and not verdict.error
+    assert all(unjudged.cells[key].at == cell.at for key, cell in data.cells.items()), "nothing is measured again"
+    assert all(data.cells[key].at == cell.at for key, cell in before.items())
     assert "Use finial" in done.stdout and "of the limit" in done.stdout
+    quiet = bench(tmp_path, *arguments)
+    assert "going on with" not in quiet.stderr and quiet.stdout == done.stdout, "there is nothing left to do"
     other = bench(tmp_path, *arguments, "--seed", "1", "--depth", "4", check=False)
     assert other.returncode == 2 and "another plan" in other.stderr
     if Path("/proc").exists():
@@ -126,6 +140,8 @@ def test_what_would_run(tmp_path: Path) -> None:
         (["-w", "depth", "--depth", "1:99999:x2"], "positions"),
         (["--depth", "x"], "no range"),
         (["--python", "x"], "ENVIRONMENT=PATH"),
+        (["--text", "no.txt"], "name a text file"),
+        (["--reference", "x"], "choose from auto"),
     ):
         wrong = bench(tmp_path, *arguments, "--dry-run", check=False)
         assert wrong.returncode == 2 and words in wrong.stderr, arguments

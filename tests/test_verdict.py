@@ -19,6 +19,7 @@ from finial.verdict import (
     first_divergence,
     judge,
     kl_divergence,
+    regret,
     summary,
 )
 
@@ -168,3 +169,10 @@ def test_positions_of_several_texts_are_one_verdict() -> None:
     verdict = summary(halves)
     assert verdict.positions == 20 and verdict.kl_max == pytest.approx(kl_divergence(logits, -logits).max())
     assert verdict.perplexity is not None and verdict.perplexity.tokens == 18
+
+
+def test_regret_is_a_share_of_the_way_to_random_tokens() -> None:
+    logits = np.random.default_rng(0).normal(size=(200, 1000)).astype(np.float32)
+    assert regret(logits, logits.argmax(-1)) == 0
+    assert regret(logits, np.random.default_rng(1).integers(0, 1000, 200)) == pytest.approx(1, abs=0.1)
+    assert not regret(np.full((2, 4), np.nan, np.float32), [0, 1]) <= 1, "not a number is not small"

@@ -16,6 +16,8 @@ Definitions.  p is the reference's distribution at a position, q the other's, af
 - KL from a few log-probabilities: where q is known for a set K of tokens only, everything outside K counts as one
   outcome.  Merging outcomes never increases the divergence (the log-sum inequality; Cover & Thomas 2006, theorem
   2.7.1), so the result is a lower bound; no upper bound exists, since q may be anything within the rest.
+- regret of a text: the mean of (best logit − chosen logit) over the mean of (best − mean logit), both the reference's.
+  0 is its own greedy text, 1 as far behind as tokens drawn at random: whether a text is a model's at all.
 """
 
 from __future__ import annotations
@@ -198,6 +200,18 @@ def first_divergence(reference: Logits, tokens: Sequence[int]) -> Divergence | N
     at = int(wrong[0])
     token, best = int(tokens[at]), int(chosen[at])
     return Divergence(at, token, best, float(reference[at, best]) - float(reference[at, token]))
+
+
+def regret(reference: Logits, tokens: Sequence[int]) -> float:
+    """How far a text is on its way from the reference's own choices to random ones; NaN stays NaN.
+
+    Args:
+        reference: float32 [N, V], its predictions for each of the N tokens.
+    """
+    rows = np.asarray(reference, np.float64)
+    best, mean = rows.max(axis=-1), rows.mean(axis=-1)
+    picked = rows[np.arange(len(rows)), np.asarray(tokens, np.int64)]
+    return float((best - picked).mean() / max((best - mean).mean(), 1e-9))
 
 
 def perplexity(rows: Rows) -> Perplexity | None:

@@ -64,6 +64,13 @@ def bench(
     no_verdict: Annotated[
         bool, typer.Option("--no-verdict", help="Do not check the text. For trials.", rich_help_panel=_HOW)
     ] = False,
+    text: Annotated[
+        str, typer.Option(help="Of the verdicts: sampled, passage, or a text file.", rich_help_panel=_HOW)
+    ] = "sampled",
+    reference: Annotated[
+        str,
+        typer.Option(help="Of the verdicts: auto, reference, cpu or transformers.", rich_help_panel=_HOW),
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Of the order of engines.", rich_help_panel=_HOW)] = 0,
     python: Annotated[
         list[str] | None,
@@ -107,13 +114,13 @@ def bench(
     chosen, left = choose(engine or [], places, quick, plan.formats)
     if out is None:
         out = Path(f"finial-bench-{found.name}-{time.strftime('%Y%m%d-%H%M%S')}.json")
-    session = Session(found, plan, places, chosen, out, ["finial", *sys.argv[1:]], fresh, seed)
+    session = Session(found, plan, places, chosen, out, ["finial", *sys.argv[1:]], fresh, seed, text, reference)
     for name, reason in left.items():
         console.note(f"left out: {name}: {reason}")
     if dry_run:
         _dry(session, [e.name for e in chosen])
         return 0
-    if not session.complete:
+    if not session.complete(judged=not no_verdict):
         console.note(f"{_time(session.seconds)} at most, about; record: {out}")
         if session.resumed:
             console.note(f"going on with {out}: {console.count(session.resumed, 'cell')} there")

@@ -1,7 +1,8 @@
 """Quality: how far an engine's output is from a float32 reference, from whatever the engine lets one see.
 
-Knows scorers (things that score and continue token ids) and the arithmetic of `finial.verdict`; nothing of processes,
-files of engines or how a verdict is shown.
+The one place where a verdict comes about, for `finial quality` as for the verdicts beside a bench's numbers.  Knows
+scorers (things that score and continue token ids) and the arithmetic of `finial.verdict`; nothing of processes, files
+of engines or how a verdict is shown.
 
     quality = assess(reference, scorer, text); quality.verdict.kl_mean, quality.basis
 
@@ -25,10 +26,16 @@ import numpy as np
 
 from finial.errors import ModelError
 from finial.lab.quality_texts import Text
-from finial.verdict import Logits, Rows, Verdict, compare, compare_top, first_divergence, summary
+from finial.verdict import Logits, Rows, Verdict, compare, compare_top, first_divergence, regret, summary
 
 GREEDY = 64
 PROMPT = 32  # ids of a text that the greedy text continues
+
+# Bounds of the regret of an engine's greedy text (finial.verdict); another model's text or none is close to 1.  Weights
+# as stored stay far below the first.  Weights rounded to a few bits are held against the checkpoint that they were made
+# from, and random weights forgive rounding least.
+REGRET, REGRET_ROUNDED = 0.25, 0.75
+EXACT = ("stored", "bf16", "f16", "f32")
 
 BASES = {
     "logits": "teacher-forced over the whole vocabulary",
@@ -150,6 +157,8 @@ def assess(
         flaws.append(f"logits that are not numbers at {int(np.isnan(rows.kl).sum())} of {len(rows.kl)} positions")
     elif np.isinf(rows.kl).any():
         flaws.append("tokens that the reference deems possible have no probability at all")
+    foreign = not_the_models("greedy text", along, written.tokens, scorer.format)
+    flaws += [foreign] if foreign else []
     return Quality(
         engine=scorer.engine,
         format=scorer.format,
@@ -166,6 +175,19 @@ def assess(
         rounding=alone,
         flaws=flaws,
     )
+
+
+def not_the_models(what: str, along: Logits, tokens: Sequence[int], format: str) -> str:
+    """The flaw of a text that this model would not write in this format; empty when it would.
+
+    Args:
+        what: its name in the sentence.
+        along: float32 [N, V], the reference's predictions for each of the N tokens.
+    """
+    found = regret(along, tokens)
+    if found <= (REGRET if format in EXACT else REGRET_ROUNDED):
+        return ""
+    return f"{what} is not this model's: {found:.0%} of the way to random tokens"
 
 
 def _rows(

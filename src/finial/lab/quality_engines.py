@@ -10,17 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from finial.errors import RequestError
 from finial.lab.engines.environments import EngineError
 from finial.lab.engines.setup import SetupError, make_file, missing
 from finial.lab.engines.table import ENGINES, SERVER, Engine, Places
 from finial.lab.quality import Quality
-from finial.lab.quality_run import Judge, Reference, open_worker
+from finial.lab.quality_run import Judge, open_worker
 from finial.lab.worker import WorkerError
-
-REFERENCES = ("auto", "reference", "cpu", "transformers")
 
 
 def judge_all(
@@ -49,8 +46,6 @@ def judge_all(
         RequestError: an engine, format or reference that there is not.
         EngineError: an engine cannot be run or fed here, or failed.
     """
-    if reference not in REFERENCES:
-        raise RequestError(f"no reference {reference!r}", fix=f"choose from {', '.join(REFERENCES)}")
     places = replace(places, checkpoints={**places.checkpoints, model.name: model})
     chosen = [_engine(name, backend, url) for name in engines]
     for engine in chosen:
@@ -63,15 +58,14 @@ def judge_all(
         with Judge(
             model,
             texts,
-            "cpu" if reference == "transformers" else reference,
+            reference,
             threads,
             limit=limit,
             greedy=greedy,
             rounding=rounding,
+            places=places,
             say=say,
         ) as judge:
-            if reference == "transformers":
-                judge.hold_against(_transformers(model, threads, judge.context, places))
             for engine in chosen:
                 for format in formats:
                     found += _judge(judge, engine, format, model, threads, places)
@@ -105,33 +99,18 @@ def _judge(judge: Judge, engine: Engine, format: str, model: Path, threads: int,
         options |= {} if format == "stored" else {"format": format}
     else:
         file = make_file(places, model.name, engine.formats[format])
-    worker, operations, loaded = _open(engine, file, format, threads, judge.context, places, options)
-    try:
-        return judge.verdict(worker, operations, engine.name, format, loaded["precision"])
-    finally:
-        worker.close()
-
-
-def _open(
-    engine: Engine, file: Path, format: str, threads: int, context: int, places: Places, options: dict[str, Any]
-) -> Any:
-    return open_worker(
+    worker, operations, loaded = open_worker(
         engine.command(places),
         engine.process_environment(threads),
         model=str(file),
         format=format,
         threads=threads,
-        context=context,
+        context=judge.context,
         sequences=1,
         cache=True,
         options=options,
     )
-
-
-def _transformers(model: Path, threads: int, context: int, places: Places) -> Reference:
-    engine = ENGINES["transformers eager"]
-    reason = missing(engine, places)
-    if reason:
-        raise EngineError(f"{engine.name}: {reason}")
-    worker, _, loaded = _open(engine, model, "f32", threads, context, places, {})
-    return Reference(worker, f"{loaded['version']} in float32")
+    try:
+        return judge.verdict(worker, operations, engine.name, format, loaded["precision"])
+    finally:
+        worker.close()

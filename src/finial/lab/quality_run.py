@@ -1,6 +1,6 @@
 """Quality of engines in their own processes: opens the reference, asks both through the protocol, makes the texts.
 
-Knows the protocol of docs/lab-protocol.md and finial's adapter; nothing of installing engines or making their files.
+Knows the protocol of docs/lab-protocol.md, finial's adapter and transformers'; nothing of making engines' files.
 
     with Judge(Path("model"), threads=2) as judge:
         judge.verdict(worker, "llama.cpp", "q8_0", precision)        # once per engine, file and format
@@ -17,8 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from finial.errors import FinialError, ModelError
+from finial.errors import FinialError, ModelError, RequestError
 from finial.files.checkpoint import Checkpoint, open_checkpoint
+from finial.lab.engines.setup import missing
 from finial.lab.engines.table import ENGINES, Places
 from finial.lab.quality import GREEDY, Quality, Scored, Written, assess
 from finial.lab.quality_texts import SAMPLED, WINDOW, Text, file_text, passage_text, sampled_text
@@ -30,6 +31,7 @@ LARGE = 64_000_000  # parameters beyond which NumPy takes minutes; the cpu backe
 KEPT_BYTES = 600_000_000  # of the reference's logits, so that a second engine does not compute them again
 LOAD_S, ASK_S = 600.0, 1800.0
 TEXTS = ("sampled", "passage")
+REFERENCES = ("auto", "reference", "cpu", "transformers")
 
 
 class Asked(Protocol):
@@ -45,10 +47,19 @@ class EngineScorer:
     Args:
         worker: already loaded.
         operations: those of its `hello`.
+        ask_s: seconds that an answer may take.
     """
 
-    def __init__(self, worker: Asked, operations: Sequence[str], engine: str, format: str, precision: str) -> None:
-        self._worker, self._operations = worker, operations
+    def __init__(
+        self,
+        worker: Asked,
+        operations: Sequence[str],
+        engine: str,
+        format: str,
+        precision: str,
+        ask_s: float = ASK_S,
+    ) -> None:
+        self._worker, self._operations, self._ask_s = worker, operations, ask_s
         self.engine, self.format, self.precision = engine, format, precision
         self.basis = "logits" if "score" in operations else "generated" if "greedy" in operations else "tokens"
         if "score" in operations:
@@ -61,7 +72,7 @@ class EngineScorer:
         """Logits, or the most likely tokens of each position."""
         with tempfile.TemporaryDirectory(prefix="finial-score-") as folder:
             path = Path(folder) / "logits.npy"
-            reply = self._worker.ask("score", ASK_S, ids=list(ids), path=str(path))
+            reply = self._worker.ask("score", self._ask_s, ids=list(ids), path=str(path))
             if reply["kind"] == "logits":
                 return Scored(np.load(path).astype(np.float32, copy=False))
         return Scored(None, [{int(token): float(logprob) for token, logprob in entry} for entry in reply["top"]])
@@ -69,10 +80,10 @@ class EngineScorer:
     def greedy(self, ids: Sequence[int], count: int) -> Written:
         """Its greedy text; with log-probabilities where it has the operation for them."""
         if self.basis == "generated":
-            reply = self._worker.ask("greedy", ASK_S, ids=list(ids), new=count)
+            reply = self._worker.ask("greedy", self._ask_s, ids=list(ids), new=count)
             top = [{int(token): float(logprob) for token, logprob in entry} for entry in reply["top"]]
             return Written(reply["tokens"], top)
-        return Written(self._worker.ask("run", ASK_S, prompts=[list(ids)], new=count, keep=False)["tokens"][0])
+        return Written(self._worker.ask("run", self._ask_s, prompts=[list(ids)], new=count, keep=False)["tokens"][0])
 
 
 class Reference:
@@ -156,6 +167,30 @@ def open_reference(
     return Reference(worker, described[kind])
 
 
+def open_transformers(model: Path, places: Places, threads: int = 2, context: int = WINDOW + GREEDY) -> Reference:
+    """transformers in float32.
+
+    Raises:
+        WorkerError: it is not installed, or does not load.
+    """
+    engine = ENGINES["transformers eager"]
+    reason = missing(engine, places)
+    if reason:
+        raise WorkerError(f"{engine.name}: {reason}")
+    worker, _, loaded = open_worker(
+        engine.command(places),
+        engine.process_environment(threads),
+        model=str(model),
+        format="f32",
+        threads=threads,
+        context=context,
+        sequences=1,
+        cache=True,
+        options={},
+    )
+    return Reference(worker, f"{loaded['version']} in float32")
+
+
 def reference_kind(model: Path) -> str:
     """What "auto" means for a model."""
     layout = open_checkpoint(model).layout
@@ -167,10 +202,15 @@ class Judge:
 
     Args:
         model: the checkpoint that all engines' files were made from.
-        texts: of `TEXTS`, or paths of text files; the verdict for a record is over the first.
-        reference: kind of `open_reference`.
-        limit: ids of each text at most.
+        texts: of `TEXTS`, or paths of text files.
+        reference: of `REFERENCES`; transformers scores texts that finial's own reference has sampled.
+        limit: ids of each text at most; window: of those that are scored together.
+        positions: that the reference must hold at least.
+        places: where transformers is; needed for no other reference.
+        ask_s: seconds that an engine's answer may take.
         say: told what takes long.
+    Raises:
+        RequestError: a reference that there is not.
     """
 
     def __init__(
@@ -179,16 +219,25 @@ class Judge:
         texts: Sequence[str] = ("sampled",),
         reference: str = "auto",
         threads: int = 2,
+        *,
         limit: int = SAMPLED,
         greedy: int = GREEDY,
         window: int = WINDOW,
+        positions: int = 0,
         rounding: bool = False,
+        places: Places | None = None,
+        ask_s: float = ASK_S,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
+        if reference not in REFERENCES:
+            raise RequestError(f"no reference {reference!r}", fix=f"choose from {', '.join(REFERENCES)}")
         self._model, self._names, self._kind, self._threads = model, list(texts), reference, threads
-        self._limit, self._greedy, self._say, self._rounding = limit, greedy, say, rounding
+        self._limit, self._greedy, self._rounding = limit, greedy, rounding
+        self._places, self._ask_s, self._say = places or Places(Path(), Path()), ask_s, say
         self._checkpoint: Checkpoint = open_checkpoint(model)
-        self._window = min(window, self._checkpoint.config.max_context - greedy)
+        most = self._checkpoint.config.max_context
+        self._window = min(window, most - greedy)
+        self._positions = max(self.context, min(positions, most))
         self._reference: Reference | None = None
         self._rounded: dict[str, Reference] = {}
         self._texts: list[Text] = []
@@ -206,30 +255,41 @@ class Judge:
         Raises:
             WorkerError: the engine or the reference failed; the message says which and why.
         """
-        reference, texts = self._open()
-        scorer = EngineScorer(worker, operations, engine, format, precision)
+        reference = self._open()
+        scorer = EngineScorer(worker, operations, engine, format, precision, self._ask_s)
         rounded = self._round(format)
         found = []
-        for text in texts:
+        for text in self._texts:
             self._say(f"{engine} {format}: {text.name}, {text.tokens} tokens")
             found.append(assess(reference, scorer, text, self._greedy, rounded))
         return found
 
-    def _open(self) -> tuple[Reference, list[Text]]:
+    def along(self, prompt: Sequence[int], tokens: Sequence[int]) -> Logits:
+        """The reference's predictions for each token of a continuation: float32 [len(tokens), V]."""
+        return self._open().score([*prompt, *tokens])[len(prompt) - 1 : -1]
+
+    def _open(self) -> Reference:
         if self._reference is None:
             self._say("loading the reference")
-            self._reference = open_reference(self._model, self._kind, self._threads, self.context)
-            self._texts = [self._text(name) for name in self._names]
-        return self._reference, self._texts
+            own = "auto" if self._kind == "transformers" else self._kind
+            reference = open_reference(self._model, own, self._threads, self._positions)
+            try:
+                self._texts = [self._text(name, reference) for name in self._names]
+            except BaseException:
+                reference.close()
+                raise
+            if self._kind == "transformers":
+                reference.close()
+                reference = open_transformers(self._model, self._places, self._threads, self._positions)
+            self._reference = reference
+        return self._reference
 
-    def _text(self, name: str) -> Text:
+    def _text(self, name: str, reference: Reference) -> Text:
         tokenizer = _tokenizer(self._checkpoint)
         if name == "sampled":
-            assert self._reference is not None
-            count = min(self._limit, self._window)
-            self._say(f"sampling {count} tokens from the reference")
+            self._say(f"sampling {self._limit} tokens from the reference")
             vocab_size = self._checkpoint.config.vocab_size
-            return sampled_text(self._reference.sample, tokenizer, vocab_size, count, self._window)
+            return sampled_text(reference.sample, tokenizer, vocab_size, self._limit, self._window)
         if tokenizer is None:
             raise ModelError(f"{self._model} has no tokenizer", fix="use --text sampled")
         if name == "passage":
@@ -243,13 +303,6 @@ class Judge:
         if format not in self._rounded:
             self._rounded[format] = open_reference(self._model, "reference", self._threads, self.context, format)
         return self._rounded[format]
-
-    def hold_against(self, reference: Reference) -> None:
-        """Another reference than finial, which then samples the texts and nothing more; it is closed with the rest."""
-        _, self._texts = self._open()
-        assert self._reference is not None
-        self._reference.close()
-        self._reference = reference
 
     def close(self) -> None:
         """End the references' processes."""

@@ -82,8 +82,8 @@ def sampled_text(
 ) -> Text:
     """Text that the reference writes at temperature 1: likely to it, whatever it was trained on.
 
-    It begins with the model's own beginning of a text; where it has none, with the passage's first token; without a
-    tokenizer, with the id in the middle of the vocabulary.
+    Each window is a text of its own with a seed of its own.  It begins with the model's own beginning of a text; where
+    it has none, with the passage's first token; without a tokenizer, with the id in the middle of the vocabulary.
 
     Args:
         sample: (ids, how many, seed) -> the ids that it continues with.
@@ -92,8 +92,13 @@ def sampled_text(
     start = [vocab_size // 2]
     if tokenizer is not None:
         start = tokenizer.encode("") or tokenizer.encode(PASSAGE.read_text(encoding="utf-8"))[:1]
-    ids = [*start, *sample(start, count - len(start), seed)]
-    return Text("sampled", f"sampled from the reference, seed {seed}", cut(ids, window))
+    sizes = [min(window, count - at) for at in range(0, count, window)]
+    windows = [
+        (*start, *sample(start, size - len(start), seed + number))
+        for number, size in enumerate(sizes)
+        if size >= SHORTEST
+    ]
+    return Text("sampled", f"sampled from the reference, seed {seed}", tuple(windows))
 
 
 def cut(ids: Sequence[int], window: int) -> tuple[tuple[int, ...], ...]:

@@ -133,7 +133,12 @@ class Verdict(msgspec.Struct, omit_defaults=True):
 
     Attributes:
         basis: "logits", "top", "generated" or "tokens": what the engine gave, in the words of `finial.lab.quality`.
-        detail: everything else that was computed.
+        top: how many log-probabilities a position had where there were no logits.
+        text: name of the text; reference: what it was held against.
+        perplexity_reference: the reference's on the text; ratio, ratio_error: the engine's over it, token by token.
+        greedy_agreement: share of its greedy text where the reference chooses the same.
+        repeat_kl_max, repeat_same_text: its own second run against its first.
+        flaws: why none of its numbers may stand.
     """
 
     positions: int = 0
@@ -144,13 +149,20 @@ class Verdict(msgspec.Struct, omit_defaults=True):
     top5: float | None = None
     perplexity: float | None = None
     perplexity_error: float | None = None
+    perplexity_reference: float | None = None
+    ratio: float | None = None
+    ratio_error: float | None = None
     greedy_tokens: int = 0
     greedy_agreement: float | None = None
     divergence: Divergence | None = None
+    repeat_kl_max: float | None = None
+    repeat_same_text: bool | None = None
     basis: str = "logits"
+    top: int = 0
+    text: str = ""
+    reference: str = ""
     error: str = ""
     flaws: list[str] = []
-    detail: dict[str, Any] = {}
 
 
 class Data(msgspec.Struct):

@@ -23,7 +23,7 @@ from finial.lab.checks import check, value
 from finial.lab.engines.setup import SetupError, make_file, missing
 from finial.lab.engines.table import Engine, Places
 from finial.lab.limits import taken_seconds
-from finial.lab.record import Cell, Reading, Record, Row, Sample
+from finial.lab.record import Cell, Data, Reading, Record, Row, Sample, Verdict
 from finial.lab.roofline import Floor
 from finial.lab.verdicts import Judge
 from finial.lab.worker import Worker, WorkerError
@@ -110,9 +110,7 @@ class Runner:
             judge: gives the verdicts; None: the record has none.
         """
         left = [w for w in group.workloads if f"{group.key}/{w.name}" not in self._record.cells]
-        judged = self._record.data.verdicts.get(f"{group.model}/{group.format}", {})
-        unjudged = [s for s in self._subjects_of(group) if judge is not None and s.name not in judged]
-        if not left and not (unjudged and self._numbers(group)):
+        if not left and (judge is None or not unjudged(self._record.data, group)):
             return
         engines = [e for e in self._engines if any(e.runs(group.format, w) for w in left or group.workloads)]
         if not engines:
@@ -133,10 +131,7 @@ class Runner:
                         self._start(subject, group, context)  # new, or it died in an earlier workload
                 self._measure(group, workload, subjects, config.vocab_size)
             if judge is not None:
-                for subject in unjudged if not left else ():  # it was interrupted before its verdicts
-                    if subject.name in self._numbers(group):
-                        self._start(subject, group, context)
-                self._judge(judge, group)
+                self._judge(judge, group, context)
         finally:
             for worker in self._workers.values():
                 worker.close()
@@ -146,40 +141,32 @@ class Runner:
         able = [e for e in self._engines if e.runs(group.format, workload)]
         return [Subject(e, cache) for e in able for cache in workload.caches if cache or e.uncached]
 
-    def _judge(self, judge: Judge, group: Group) -> None:
-        """Verdicts on what is still running; a row whose text is not the model's loses its numbers."""
-        for subject in self._subjects_of(group):
-            key = f"{group.model}/{group.format}"
-            found = self._record.data.verdicts.setdefault(key, {})
-            if subject.name in found:
+    def _judge(self, judge: Judge, group: Group, context: int) -> None:
+        """Verdicts on what has numbers, each saved when it is there; rows whose text is not the model's lose theirs."""
+        key = f"{group.model}/{group.format}"
+        verdicts = self._record.data.verdicts.setdefault(key, {})
+        cells = cells_of(self._record.data, group)
+        subjects = self._subjects_of(group)
+        for name in unjudged(self._record.data, group):
+            if name not in subjects:
                 continue
-            worker = self._workers.get(subject.name)
-            if worker is None:
-                continue
-            cells = [cell for name, cell in self._record.cells.items() if name.startswith(f"{group.key}/")]
-            verdict = judge.judge(group, subject.name, worker, cells)
-            found[subject.name] = verdict
-            if verdict.error:
-                self._say(f"verdict {key} {subject.name}: {verdict.error}")
-            else:
-                logits = verdict.kl_mean is not None and verdict.top1 is not None
-                about = f"KL {verdict.kl_mean:.1e}, top-1 {verdict.top1:.1%}" if logits else "tokens alone"
-                self._say(f"verdict {key} {subject.name}: {about}{''.join(f'; {flaw}' for flaw in verdict.flaws)}")
-            if verdict.flaws:
-                for cell in cells:
-                    row = cell.engines.get(subject.name)
-                    if row is not None and row.status == "ok":
-                        _reject(row, "invalid", verdict.flaws[0])
+            if name not in self._workers:  # it died since, or the run was interrupted before its verdicts
+                if subjects[name].engine.name in self._files:
+                    self._failed.pop(name, None)
+                self._start(subjects[name], group, context)
+            worker = self._workers.get(name)
+            found = judge.judge(group, name, worker, cells) if worker is not None else Verdict(error=self._failed[name])
+            verdicts[name] = found
+            self._record.save()
+            self._say(f"verdict {key} {name}: {_said(found)}")
+        for name, verdict in verdicts.items():
+            for row in [cell.engines[name] for cell in cells if verdict.flaws and name in cell.engines]:
+                if row.status == "ok":
+                    _reject(row, "invalid", verdict.flaws[0])
         self._record.save()
 
-    def _numbers(self, group: Group) -> set[str]:
-        """Rows of a group that have numbers."""
-        cells = [cell for key, cell in self._record.cells.items() if key.startswith(f"{group.key}/")]
-        return {name for cell in cells for name, row in cell.engines.items() if row.samples}
-
-    def _subjects_of(self, group: Group) -> list[Subject]:
-        found = {s.name: s for workload in group.workloads for s in self._subjects(group, workload)}
-        return list(found.values())
+    def _subjects_of(self, group: Group) -> dict[str, Subject]:
+        return {s.name: s for workload in group.workloads for s in self._subjects(group, workload)}
 
     # --- processes ---------------------------------------------------------------------------------------------
 
@@ -412,6 +399,26 @@ class Runner:
         except WorkerError:
             return None  # it keeps its numbers: what it held is a remark beside them
         return {name: told[name] for name in told if name.endswith("_bytes")}
+
+
+def cells_of(data: Data, group: Group) -> list[Cell]:
+    """A group's cells that are there."""
+    return [cell for key, cell in data.cells.items() if key.startswith(f"{group.key}/")]
+
+
+def unjudged(data: Data, group: Group) -> list[str]:
+    """Rows of a group that have numbers and no verdict yet."""
+    judged = data.verdicts.get(f"{group.model}/{group.format}", {})
+    names = dict.fromkeys(name for cell in cells_of(data, group) for name, row in cell.engines.items() if row.samples)
+    return [name for name in names if name not in judged]
+
+
+def _said(verdict: Verdict) -> str:
+    if verdict.error:
+        return f"none: {verdict.error}"
+    about = "tokens alone" if verdict.kl_mean is None else f"KL {verdict.kl_mean:.1e}"
+    about += "" if verdict.top1 is None else f", top-1 {verdict.top1:.1%}"
+    return about + "".join(f"; {flaw}" for flaw in verdict.flaws)
 
 
 def _reject(row: Row, status: str, reason: str) -> None:

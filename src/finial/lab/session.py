@@ -28,8 +28,9 @@ from finial.lab.estimate import estimate, workload_seconds
 from finial.lab.limits import Probe, busy
 from finial.lab.plan import Plan
 from finial.lab.probes.state import read_state, warnings
+from finial.lab.quality_run import REFERENCES, TEXTS
 from finial.lab.record import Record
-from finial.lab.runner import Runner
+from finial.lab.runner import Runner, unjudged
 from finial.lab.verdicts import Judge
 from finial.lab.workloads import DEMO, Group
 from finial.machine import describe
@@ -131,13 +132,22 @@ class Session:
         command: Sequence[str] = (),
         fresh: bool = False,
         seed: int = 0,
+        text: str = "sampled",
+        reference: str = "auto",
     ) -> None:
         """Opens the record at `out` when it is there.
 
+        Args:
+            text, reference: of the verdicts, as those of `finial.lab.quality_run.Judge`.
+
         Raises:
-            RequestError: a workload that does not fit the model; a record of another plan.
+            RequestError: a workload that does not fit the model; a record of another plan; an unknown reference.
             FileError: `out` is no record.
         """
+        if reference not in REFERENCES:
+            raise RequestError(f"no reference {reference!r}", fix=f"choose from {', '.join(REFERENCES)}")
+        if text not in TEXTS and not Path(text).is_file():
+            raise RequestError(f"no text {text!r}", fix=f"choose from {', '.join(TEXTS)}, or name a text file")
         config = model.checkpoint.config
         sizes = replace(plan.sizes, limit=min(plan.sizes.limit, config.max_context))
         self.groups: list[Group] = replace(plan, sizes=sizes).groups(model.name)
@@ -149,6 +159,9 @@ class Session:
             "groups": [{"format": g.format, "threads": g.threads, "starts": g.starts} for g in self.groups],
             "workloads": [asdict(w) for w in self.groups[0].workloads],
         }
+        self._text, self._reference = text, reference
+        if (text, reference) != ("sampled", "auto"):
+            key["verdict"] = [text, reference]
         key = _plain(key)
         if out.exists() and not fresh:
             self.record = Record.open(out)
@@ -166,15 +179,15 @@ class Session:
             self.record.data.command = list(command)
         self.resumed = len(self.record.cells)
 
-    @property
-    def complete(self) -> bool:
-        """Whether everything is in the record."""
-        return all(
+    def complete(self, judged: bool = True) -> bool:
+        """Whether everything is in the record: all cells, and with `judged` a verdict on every row that has numbers."""
+        measured = all(
             f"{group.key}/{w.name}" in self.record.cells
             for group in self.groups
             for w in group.workloads
             if any(e.runs(group.format, w) for e in self._engines)
         )
+        return measured and not (judged and any(unjudged(self.record.data, group) for group in self.groups))
 
     def cell_seconds(self) -> dict[str, float]:
         """Estimate of every cell that is not there yet, by key."""
@@ -207,7 +220,8 @@ class Session:
         total = data.machine["memory"]["total_bytes"]
         limit = None if total is None else int(MEMORY_SHARE * total)
         runner = Runner(self.record, self._places, self._engines, probe, say, self._seed, limit, tick)
-        with Judge(self._places, max(group.threads for group in self.groups)) as judge:
+        threads = max(group.threads for group in self.groups)
+        with Judge(self._places, threads, self._text, self._reference) as judge:
             for group in self.groups:
                 runner.group(group, judge if judged else None)
         after = read_state()
