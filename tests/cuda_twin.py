@@ -10,17 +10,20 @@ import ctypes
 import hashlib
 import mmap
 import os
+import random
 import shutil
 import struct
 import subprocess
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from finial.backends.cuda.device import Launch
+from finial.backends.cuda.device import Launch, Pinned
 from finial.backends.cuda.kernels import SOURCES, Kernel, program, sources_digest
 from finial.errors import BackendError
 
@@ -76,7 +79,11 @@ def _map(size: int) -> int:
 
 
 class TwinDevice:
-    """Blocks one after another in an order that `seed` shuffles anew for each launch."""
+    """Blocks one after another in an order that `seed` shuffles anew for each launch.
+
+    As on a GPU, what is asked for is done later, in order: a part of it whenever somebody asks whether the device is
+    busy, all of it when somebody waits.  Copies from the host have taken the host's bytes when they were asked for.
+    """
 
     def __init__(
         self,
@@ -94,6 +101,8 @@ class TwinDevice:
         self.arena = (_map(arena), arena)
         self._sizes: dict[int, int] = {}
         self._free: list[tuple[int, int]] = [self.arena]
+        self._queue: deque[Launch | tuple[int, bytes]] = deque()
+        self._random = random.Random(seed)
 
     def __del__(self) -> None:
         LIBC.munmap(*self.arena)
@@ -113,14 +122,26 @@ class TwinDevice:
         raise BackendError(f"the twin has no {nbytes:,} bytes")
 
     def free(self, address: int) -> None:
+        self.synchronize()
         self._free.append((address, self._sizes.pop(address)))
 
     def upload(self, address: int, data: NDArray[Any]) -> None:
         assert data.flags.c_contiguous
-        ctypes.memmove(address, data.ctypes.data, data.nbytes)
+        if self._queue:
+            self._queue.append((address, data.tobytes()))
+        else:
+            ctypes.memmove(address, data.ctypes.data, data.nbytes)
 
     def download(self, address: int, data: NDArray[Any]) -> None:
+        self.synchronize()
         ctypes.memmove(data.ctypes.data, address, data.nbytes)
+
+    def pinned(self, nbytes: int) -> Pinned:
+        address = self.allocate(nbytes)
+        return Pinned(np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8), address)
+
+    def free_pinned(self, pinned: Pinned) -> None:
+        self.free(pinned.address)
 
     def record(self, launches: Sequence[Launch]) -> list[Launch]:
         if self._gather is not None:
@@ -140,17 +161,30 @@ class TwinDevice:
                 FUNCTIONS[kernel] = function
 
     def replay(self, recording: list[Launch]) -> None:
-        for launch in recording:
-            self._seed += 1
-            kernel = launch.kernel
-            FUNCTIONS[kernel](*launch.grid, kernel.threads, kernel.shared, self._seed, launch.args)
+        self._queue.extend(recording)
         self.launched = recording
 
     def synchronize(self) -> None:
-        pass
+        while self._queue:
+            self._one()
+
+    def busy(self) -> bool:
+        for _ in range(min(len(self._queue), self._random.randrange(40))):
+            self._one()
+        return bool(self._queue)
+
+    def _one(self) -> None:
+        work = self._queue.popleft()
+        if isinstance(work, Launch):
+            self._seed += 1
+            kernel = work.kernel
+            FUNCTIONS[kernel](*work.grid, kernel.threads, kernel.shared, self._seed, work.args)
+        else:
+            ctypes.memmove(work[0], work[1], len(work[1]))
 
     def snapshot(self, path: Path) -> None:
         """The arena and the launches of the last replay, for `tests/cuda/replay.h`."""
+        self.synchronize()
         address, size = self.arena
         names = sorted({launch.kernel.name for launch in self.launched})
         with path.open("wb") as file:

@@ -297,6 +297,7 @@ inline Vec4 load_stream(const void* p) { return load_aligned<Vec4>(p); }
 inline u16 load_stream_half(const void* p) { return load_aligned<u16>(p); }
 inline float load_shared_by_all(const float* p) { return *p; }
 inline Vec4 load_cached(const void* p) { return load_aligned<Vec4>(p); }
+inline void store_host(u64* p, u64 v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 inline void prefetch_l2(const void*) {}
 inline void allow_next() {}
 inline void wait_previous() {}

@@ -123,7 +123,8 @@ class RunsAhead(Protocol):
         Returns:
             A generator; the device is at work when this returns, before anything is asked of it.  It yields an int32
             [B] for each step in order, once the step is known: the token of each row, NOT_FINITE or ENDED.  It ends
-            after the step with which the last row ended, so after N steps at most.
+            after N steps, or with the step with which the last row ended; or after any other step, when the program
+            would rather compute the rows that are left in another way: ask it again.
             `close()` ends the run where it stands, and so does letting go of the generator: what is already under way
             may still write to positions[b] … positions[b] + limits[b] - 1 of each row, so of these only those whose
             steps were yielded are kept; all of it is done before whatever is asked of the program next.  Until the

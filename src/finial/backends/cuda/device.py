@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from finial.backends.cuda.kernels import Kernel
@@ -24,6 +25,14 @@ class Launch:
     kernel: Kernel
     grid: tuple[int, int, int]
     args: bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Pinned:
+    """Memory of the host that the device may write to while it works: here an array, there an address."""
+
+    array: NDArray[np.uint8]
+    address: int
 
 
 def free_all(device: Device, addresses: list[int]) -> None:
@@ -60,6 +69,12 @@ class Device(Protocol):
     def download(self, address: int, data: NDArray[Any]) -> None:
         """Fill a contiguous array from there, after everything asked for before."""
 
+    def pinned(self, nbytes: int) -> Pinned:
+        """Zeroed memory of the host that kernels can write to; raises BackendError when there is none."""
+
+    def free_pinned(self, pinned: Pinned) -> None:
+        """Give it back, once all work that was asked for is done; its array must not be looked at any more."""
+
     def record(self, launches: Sequence[Launch]) -> Any:
         """Compile what is needed; something that `replay` runs."""
 
@@ -68,3 +83,6 @@ class Device(Protocol):
 
     def synchronize(self) -> None:
         """Wait for everything asked for."""
+
+    def busy(self) -> bool:
+        """Whether anything asked for is not done yet; never waits.  Raises BackendError when the device failed."""

@@ -14,15 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from finial.backends.cuda.compiler import INSTALL, architecture, cubins
-from finial.backends.cuda.device import Launch
+from finial.backends.cuda.device import Launch, Pinned
 from finial.backends.cuda.kernels import Kernel
 from finial.errors import BackendError
 
 _STATIC_SHARED = 48 << 10  # dynamic shared memory beyond this is asked for by name (CUDA C++ programming guide)
 _PINNED = 4 << 20
+_NOT_READY = 600  # CUDA_ERROR_NOT_READY (driver API, CUresult): no failure
 
 
 def open_device(index: int = 0) -> CudaDevice:
@@ -59,13 +61,13 @@ def _name(cu: Any, status: Any) -> str:
 
 
 def _call(cu: Any, result: tuple[Any, ...]) -> Any:
-    """The value of a driver call (one, or a tuple).  Raises BackendError with the driver's name of what went wrong."""
+    """The value of a driver call (one, a tuple, or None).  Raises BackendError with the driver's name of the error."""
     status, *values = result
     if int(status) != 0:
         name = _name(cu, status)
         fix = "choose a smaller --max-context or weight format" if "OUT_OF_MEMORY" in name else ""
         raise BackendError(f"NVIDIA's driver reports {name}", fix=fix)
-    return values[0] if len(values) == 1 else tuple(values)
+    return values[0] if len(values) == 1 else tuple(values) or None
 
 
 class CudaDevice:
@@ -156,6 +158,29 @@ class CudaDevice:
         """Wait for everything asked for."""
         self._enter()
         _call(self._cu, self._cu.cuStreamSynchronize(self._stream))
+
+    def busy(self) -> bool:
+        """Whether anything asked for is not done yet."""
+        self._enter()
+        status = self._cu.cuStreamQuery(self._stream)[0]
+        if int(status) == _NOT_READY:
+            return True
+        _call(self._cu, (status,))
+        return False
+
+    def pinned(self, nbytes: int) -> Pinned:
+        """Zeroed memory of the host, mapped into the device's addresses."""
+        self._enter()
+        cu = self._cu
+        host = int(_call(cu, cu.cuMemHostAlloc(max(nbytes, 16), cu.CU_MEMHOSTALLOC_DEVICEMAP)))
+        ctypes.memset(host, 0, max(nbytes, 16))
+        array = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(host))
+        return Pinned(array, int(_call(cu, cu.cuMemHostGetDevicePointer(host, 0))))
+
+    def free_pinned(self, pinned: Pinned) -> None:
+        """Give it back, once all work that was asked for is done."""
+        self.synchronize()
+        _call(self._cu, self._cu.cuMemFreeHost(pinned.array.ctypes.data))
 
     # --- kernels ------------------------------------------------------------------------------------------------------
 

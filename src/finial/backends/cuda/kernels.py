@@ -47,6 +47,8 @@ _ARGS = {
     "i x_stride,i add_stride,i out_stride,i rows",
     "FlashArgs": "P q,P cache,P tiles,P pages,P out,i q_stride,i out_stride,i page_stride,i padding",
     "SampleArgs": "P logits,P requests,P draws,P tokens,i vocab,i stride",
+    "AheadArgs": "P logits,P requests,P draws,P states,P stop_ids,P epoch,P ring,P tokens,P positions,P slots,"
+    "P sequence,P pages,i vocab,i stride,i page_stride,i padding",
 }
 
 
@@ -397,3 +399,9 @@ def flash(
 def sample(threads: int = 1024) -> Kernel:
     """See sample.cuh; one block a row."""
     return Kernel("sample", "sample.cuh", "SampleArgs", _constants(THREADS=threads), threads=threads)
+
+
+def sample_ahead(page_size: int, ring: int, ring_rows: int, threads: int = 1024) -> Kernel:
+    """See ahead.cuh; one block a row; the ring has `ring` steps of `ring_rows` words."""
+    constants = _constants(THREADS=threads, PAGE=page_size, RING=ring, RING_ROWS=ring_rows)
+    return Kernel("sample_ahead", "ahead.cuh", "AheadArgs", constants, threads=threads)

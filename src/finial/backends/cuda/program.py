@@ -9,7 +9,7 @@ Knows the meaning of a step's integers; nothing of engines and sampling.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -17,18 +17,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finial.backends import Draw
+from finial.backends import Ahead, Draw
+from finial.backends.cuda import ahead as runs
 from finial.backends.cuda import kernels
 from finial.backends.cuda.device import Device, Launch, free_all
+from finial.backends.cuda.feeds import (
+    Ints,
+    bucket,
+    check_sequences,
+    check_shape,
+    contiguous,
+    indices,
+    own_pages,
+    requests,
+)
 from finial.backends.cuda.kernels import cache_row_bytes, flash_tokens
 from finial.backends.cuda.lower import Lowering
 from finial.backends.cuda.model import Model
+from finial.backends.cuda.ring import Ring
 from finial.backends.cuda.workspace import Place, Workspace
 from finial.errors import BackendError
 from finial.formats import Tensor
 from finial.graph import Graph, Node, Value
 
-Ints = NDArray[np.int32]
 Shape = tuple[tuple[tuple[str, int], ...], bool]  # buckets by symbol, and whether every sequence has one row
 
 # The most rows of a step in which every sequence has one and attention is fused with what prepares it.
@@ -54,6 +65,7 @@ class Recorded:
     used: Ints  # how many entries of each row were in use then
     launches: list[Launch]
     sampling: tuple[Any, int] | None = None  # the same with the choice of tokens, and where those lie
+    ahead: tuple[Any, runs.AheadBlock] | None = None  # the same with what leads to the next step of a run
 
 
 @dataclass(eq=False)
@@ -84,7 +96,8 @@ class CudaProgram:
         self._int_values = [value for value in graph.of_kind("input") if value.dtype == "i32"]
         self._float_values = [value for value in graph.of_kind("input") if value.dtype == "f32"]
         self._tables = {node.inputs[5] for node in graph.nodes if node.op == "attention"}
-        self._indices = _indices(graph)
+        self._indices = indices(graph)
+        self._ring: Ring | None = None
         self._groups = {_group(graph, node) for node in graph.nodes if node.op == "attention"}
 
     def new_state(self, pages: int, page_size: int) -> CudaState:
@@ -149,6 +162,55 @@ class CudaProgram:
         )
         return self.device.record([*recorded.launches, Launch(kernel, (rows, 1, 1), args)]), tokens
 
+    def ahead(
+        self, feeds: Mapping[str, np.ndarray], state: CudaState, ahead: Ahead
+    ) -> Generator[Ints, None, None] | None:
+        """See `finial.backends.RunsAhead.ahead`.
+
+        None beside what is said there: more rows, steps or stop ids of a row than `ahead.fits` knows room for, or a
+        page that a row will write to is in another row's table.
+        """
+        value = self.graph.values[self.graph.outputs[0]]
+        if value.shape[0] != "R" or value.kind == "input" or not self._tables or not runs.fits(ahead):
+            return None
+        rows = ahead.uniforms.shape[1]
+        if not (
+            np.array_equal(feeds["wanted"], np.arange(rows))
+            and len(feeds.get("pooled", ())) == 0
+            and np.array_equal(feeds["lengths"], feeds["positions"] + 1)
+            and own_pages(feeds, ahead.limits, state.page_size)
+        ):
+            return None
+        recorded, _ = self._prepare(feeds, state, ahead.draws, feeds["lengths"] + ahead.limits - 1)
+        if self._ring is None:
+            self._ring = Ring(self.device)
+        if recorded.ahead is None:
+            recorded.ahead = self._record_ahead(recorded, state, value, self._ring)
+        recording, block = recorded.ahead
+        epoch = self._ring.epochs(len(ahead.uniforms))
+        block.upload(self.device, ahead, epoch)
+        return runs.run(self.device, self._ring, recording, ahead, epoch)
+
+    def _record_ahead(
+        self, recorded: Recorded, state: CudaState, logits: Value, ring: Ring
+    ) -> tuple[Any, runs.AheadBlock]:
+        place, ints = recorded.places[logits.name], recorded.offsets
+        block = runs.AheadBlock(recorded.workspace, ints["sequence"][1])
+        launch = block.launch(
+            int(logits.shape[1]),
+            state.page_size,
+            ring=ring.address,
+            logits=place.address,
+            stride=place.stride,
+            pages=recorded.pages,
+            page_stride=recorded.page_stride,
+            **{
+                name: recorded.block + 4 * ints[name][0]
+                for name in ("requests", "tokens", "positions", "slots", "sequence")
+            },
+        )
+        return self.device.record([*recorded.launches, launch]), block
+
     def _fetch(
         self, name: str, recorded: Recorded, sizes: dict[str, int], feeds: Mapping[str, np.ndarray]
     ) -> NDArray[np.float32]:
@@ -166,24 +228,35 @@ class CudaProgram:
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def _prepare(
-        self, feeds: Mapping[str, np.ndarray], state: CudaState, draws: Sequence[Draw] = ()
+        self,
+        feeds: Mapping[str, np.ndarray],
+        state: CudaState,
+        draws: Sequence[Draw] = (),
+        lengths: Ints | None = None,
     ) -> tuple[Recorded, dict[str, int]]:
+        """The launches for a step, and its inputs on the device.
+
+        Args:
+            lengths: positions that the page tables must have, when that is more than feeds' lengths.
+        """
         sizes: dict[str, int] = {}
         for value in (*self._int_values, *self._float_values):
-            _check_shape(value, feeds, sizes)
+            check_shape(value, feeds, sizes)
         for which, limit, node in self._indices:
             array, most = feeds[which], self._limit(limit, sizes, state)
             if array.size and not (int(array.min()) >= 0 and int(array.max()) < most):
                 bad = array[(array < 0) | (array >= most)].flat[0]
                 raise BackendError(f"step input {which} of {node.op} holds {bad}, expected 0 to {most - 1}")
         if self._tables:
-            _check_sequences(feeds, sizes)
+            check_sequences(feeds, sizes)
         shape = self._shape(feeds, sizes, state)
         recorded = state.recorded.get(shape)
         width = max([int(feeds[name].shape[1]) for name in self._tables], default=0)
         if recorded is None or width > recorded.page_stride:
             recorded = self._record(shape, state, width)
         self._upload(recorded, feeds, sizes, state, draws)
+        for name in self._tables:
+            self._upload_table(recorded, feeds[name], feeds["lengths"] if lengths is None else lengths, state)
         return recorded, sizes
 
     def _limit(self, limit: str | int, sizes: dict[str, int], state: CudaState) -> int:
@@ -196,7 +269,7 @@ class CudaProgram:
         rows = {str(s): bucket(sizes.get(str(s), 0)) for s in sorted(map(str, symbols - {"B", "B1"}))}
         decode = self._is_decode(feeds, sizes, state)
         tensor_cores = self.device.capability >= 80 and not self.model.exact
-        if not decode and len(self._groups) == 1 and tensor_cores and _contiguous(feeds):
+        if not decode and len(self._groups) == 1 and tensor_cores and contiguous(feeds):
             rows["tiles"] = bucket(len(self._tiles(feeds)))
         return tuple(rows.items()), decode
 
@@ -283,7 +356,7 @@ class CudaProgram:
         state: CudaState,
         draws: Sequence[Draw],
     ) -> None:
-        ints, requests = recorded.ints, _requests(draws)
+        ints, (options, numbers) = recorded.ints, requests(draws)
         for name, (first, entries) in recorded.offsets.items():
             if name == "sequence":
                 if "starts" not in feeds:
@@ -294,16 +367,14 @@ class CudaProgram:
                     continue
                 array = self._tiles(feeds).reshape(-1)
             elif name == "requests":
-                array = requests[0]
+                array = options
             elif name == "draws":
-                array = requests[1]
+                array = numbers
             else:
                 array = feeds[name]
             ints[first : first + len(array)] = array
             ints[first + len(array) : first + entries] = _FILL.get(name, 0)
         self.device.upload(recorded.block, ints)
-        for name in self._tables:
-            self._upload_table(recorded, feeds[name], feeds["lengths"], state)
         for value in self._float_values:
             place, array = recorded.places[value.name], feeds[value.name]
             self.device.upload(place.address, np.ascontiguousarray(array, np.float32))
@@ -332,56 +403,6 @@ def headroom(total: int) -> int:
     return min(HEADROOM, total // 8)
 
 
-def bucket(rows: int) -> int:
-    """0, or the next power of two."""
-    return 0 if rows == 0 else 1 << (rows - 1).bit_length()
-
-
-def _requests(draws: Sequence[Draw]) -> tuple[Ints, Ints]:
-    """sample.cuh's structs of the rows, and their random numbers, as int32."""
-    table = np.zeros((len(draws), 4), np.float32)
-    table[:, 0] = [draw.temperature for draw in draws]
-    table[:, 1] = np.array([draw.top_k for draw in draws], np.int32).view(np.float32)
-    table[:, 2], table[:, 3] = [draw.top_p for draw in draws], [draw.min_p for draw in draws]
-    return table.view(np.int32).reshape(-1), np.array([draw.uniform for draw in draws], np.float64).view(np.int32)
-
-
-def _indices(graph: Graph) -> list[tuple[str, str | int, Node]]:
-    """Inputs that hold indices, what they must stay below, and a node that uses them so."""
-    found = {}
-    for node in graph.nodes:
-        if node.op == "embed":
-            found[node.inputs[0]] = (graph.values[node.inputs[1]].shape[0], node)
-        elif node.op == "cache_write":
-            found[node.inputs[3]] = ("slots", node)
-        elif node.op == "select_rows":
-            found[node.inputs[1]] = (graph.values[node.inputs[0]].shape[0], node)
-    return [(name, limit, node) for name, (limit, node) in found.items()]
-
-
-def _check_sequences(feeds: Mapping[str, np.ndarray], sizes: dict[str, int]) -> None:
-    """Rows belong to one sequence each, and look at positions that it has."""
-    starts, lengths, positions = feeds["starts"], feeds["lengths"], feeds["positions"]
-    if len(starts) != len(lengths) + 1 or starts[0] != 0 or starts[-1] != sizes["T"] or (np.diff(starts) < 0).any():
-        raise BackendError(f"step input starts is {starts.tolist()!s:.80}, expected to rise from 0 to {sizes['T']}")
-    if (lengths < 0).any():
-        raise BackendError(f"step input lengths holds {lengths.min()}, expected 0 or more")
-    beyond = (positions < 0) | (positions >= np.repeat(lengths, np.diff(starts)))
-    if beyond.any():
-        raise BackendError(f"step input positions holds {positions[beyond][0]}, expected less than the row's length")
-
-
-def _contiguous(feeds: Mapping[str, np.ndarray]) -> bool:
-    """Whether the rows of each sequence are at neighbouring positions, as tiles of them must be."""
-    starts, positions = feeds["starts"], feeds["positions"]
-    return len(positions) > 0 and bool(
-        (
-            positions - np.repeat(positions[np.minimum(starts[:-1], len(positions) - 1)], np.diff(starts))
-            == np.arange(len(positions)) - np.repeat(starts[:-1], np.diff(starts))
-        ).all()
-    )
-
-
 def _group(graph: Graph, node: Node) -> int:
     """Query heads of each key/value head."""
     heads, head_dim = graph.state_of(node.inputs[1]).shape[2:]
@@ -396,13 +417,3 @@ def _slot_bytes(state: Value) -> int:
 def _size(value: Value, sizes: dict[str, int]) -> int:
     rows = value.shape[0]
     return rows if isinstance(rows, int) else sizes[rows]
-
-
-def _check_shape(value: Value, feeds: Mapping[str, np.ndarray], sizes: dict[str, int]) -> None:
-    array = feeds.get(value.name)
-    assert array is not None, f"step input {value} was not given"
-    assert array.ndim == len(value.shape), f"step input {value} is {array.shape}"
-    for dim, size in zip(value.shape, array.shape, strict=True):  # symbols have the size of who comes first
-        expected = dim if isinstance(dim, int) else sizes.setdefault(dim, size)
-        if size != expected:
-            raise BackendError(f"step input {value} is {list(array.shape)}, expected {dim} to be {expected}")

@@ -58,6 +58,10 @@ FINIAL_DEVICE Vec4 load_cached(const void* p) {
                : "memory");
   return v;
 }
+// To memory of the host, in one piece: whoever sees one half has the other.
+FINIAL_DEVICE void store_host(u64* p, u64 v) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
 FINIAL_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Programmatic dependent launch (PTX ISA, griddepcontrol): the next kernel may start; all earlier ones are complete.

@@ -77,20 +77,16 @@ struct Sample {
     return prefix;
   }
 
-  FINIAL_DEVICE static void run(const SampleArgs& a) {
+  // The token of one row, known to all threads; -1 where the highest logit is not finite.
+  FINIAL_DEVICE static i32 choose(const float* logits, int vocab, const Request& request, double draw) {
     __shared__ u64 bins[256];
     __shared__ u64 scratch[WARPS];
     __shared__ u64 shares[THREADS];
     __shared__ i32 result;
-    const int row = blockIdx.x;
-    const float* logits = a.logits + (u64)row * a.stride;
-    ptx::allow_next();
-    ptx::wait_previous();
-    const Request request = a.requests[row];
     // The highest logit, the lowest id among ties: the larger of (key, not id).  NaN counts as the highest.
     u64 best = 0;
 #pragma unroll 8
-    for (int i = threadIdx.x; i < a.vocab; i += THREADS) {
+    for (int i = threadIdx.x; i < vocab; i += THREADS) {
       const float v = ptx::load_shared_by_all(logits + i);
       const u64 candidate = (u64)(v == v ? key_of(v) : 0xffffffffu) << 32 | (u32)~i;
       best = candidate > best ? candidate : best;
@@ -107,36 +103,33 @@ struct Sample {
     const int first = (int)~(u32)best;
     const float top = ptx::load_shared_by_all(logits + first);
     const bool finite = top - top == 0.0f;
-    if (!finite || request.temperature == 0.0f) {
-      if (threadIdx.x == 0) a.tokens[row] = finite ? first : -1;
-      return;
-    }
+    if (!finite || request.temperature == 0.0f) return finite ? first : -1;
 
     u64 above;
     u32 lowest = 0;  // keys below are out
-    if (request.top_k > 0 && request.top_k < a.vocab)
-      lowest = threshold(logits, a.vocab, (u64)request.top_k, [](int) { return (u64)1; }, bins, &above);
+    if (request.top_k > 0 && request.top_k < vocab)
+      lowest = threshold(logits, vocab, (u64)request.top_k, [](int) { return (u64)1; }, bins, &above);
     const float scale = 1.4426950408889634f / request.temperature;
     auto share = [&](int i) { return ptx::exp2_fast((logits[i] - top) * scale); };
     auto units = [&](float w) { return (u64)(w * 17592186044416.0f); };
-    int ties = a.vocab;  // of the tokens whose key is `lowest`, so many stay, the lowest ids
+    int ties = vocab;  // of the tokens whose key is `lowest`, so many stay, the lowest ids
     if (request.top_p < 1.0f) {
       auto kept = [&](int i) { return key_of(logits[i]) >= lowest ? units(share(i)) : (u64)0; };
       u64 own = 0;
-      for (int i = threadIdx.x; i < a.vocab; i += THREADS) own += kept(i);
+      for (int i = threadIdx.x; i < vocab; i += THREADS) own += kept(i);
       const u64 total = block_sum(own, scratch);
       const double exact = (double)request.top_p * (double)total;
       u64 need = (u64)exact;
       need += (double)need < exact;
       need = need < 1 ? 1 : need;
-      lowest = threshold(logits, a.vocab, need, kept, bins, &above);
+      lowest = threshold(logits, vocab, need, kept, bins, &above);
       const u32 bits = lowest & 0x80000000u ? lowest & 0x7fffffffu : ~lowest;
       const u64 each = units(ptx::exp2_fast((ptx::as_float(bits) - top) * scale));
-      ties = each == 0 ? a.vocab : (int)((need - above + each - 1) / each);
+      ties = each == 0 ? vocab : (int)((need - above + each - 1) / each);
     }
     // Each thread has a stretch of neighbouring ids, so that the draw walks them in order.
-    const int stretch = ceil_div(a.vocab, THREADS), begin = threadIdx.x * stretch;
-    const int end = begin + stretch < a.vocab ? begin + stretch : a.vocab;
+    const int stretch = ceil_div(vocab, THREADS), begin = threadIdx.x * stretch;
+    const int end = begin + stretch < vocab ? begin + stretch : vocab;
     u64 equal = 0;
     for (int i = begin; i < end; i++) equal += key_of(logits[i]) == lowest;
     shares[threadIdx.x] = equal;
@@ -158,7 +151,7 @@ struct Sample {
     const u64 total = block_sum(own, scratch);
     u64 sum = 0;
     for (int t = 0; t < (int)threadIdx.x; t++) sum += shares[t];
-    u64 target = (u64)(a.draws[row] * (double)total);
+    u64 target = (u64)(draw * (double)total);
     target = target < total ? target : total - 1;
     if (target >= sum && target < sum + own) {
       seen = taken;
@@ -171,11 +164,16 @@ struct Sample {
       }
     }
     ptx::sync_block();
-    if (threadIdx.x == 0) a.tokens[row] = result;
+    return result;
   }
 };
 
 template <class C>
 FINIAL_DEVICE void sample(const SampleArgs& a) {
-  Sample<C>::run(a);
+  const int row = blockIdx.x;
+  ptx::allow_next();
+  ptx::wait_previous();
+  const float* logits = a.logits + (u64)row * a.stride;
+  const i32 token = Sample<C>::choose(logits, a.vocab, a.requests[row], a.draws[row]);
+  if (threadIdx.x == 0) a.tokens[row] = token;
 }
