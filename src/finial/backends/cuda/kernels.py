@@ -49,6 +49,9 @@ _ARGS = {
     "SampleArgs": "P logits,P requests,P draws,P tokens,i vocab,i stride",
     "AheadArgs": "P logits,P requests,P draws,P states,P stop_ids,P epoch,P ring,P tokens,P positions,P slots,"
     "P sequence,P pages,i vocab,i stride,i page_stride,i padding",
+    "MegaArgs": "P table,P streams,P offsets,P vectors,P frequencies,P embed,P embed_scales,P caches,P pages,P state,"
+    "P x0,P x1,P qkv,P attn,P act,P parts,P tickets,P counters,P candidates,P logits,P tokens,P requests,P draws,"
+    "P stops,P ring,P control,P limit_ns,i steps,i done,i page_stride,i ring_rows",
 }
 
 
@@ -405,3 +408,9 @@ def sample_ahead(page_size: int, ring: int, ring_rows: int, threads: int = 1024)
     """See ahead.cuh; one block a row; the ring has `ring` steps of `ring_rows` words."""
     constants = _constants(THREADS=threads, PAGE=page_size, RING=ring, RING_ROWS=ring_rows)
     return Kernel("sample_ahead", "ahead.cuh", "AheadArgs", constants, threads=threads)
+
+
+def mega(*, warps: int, shared: int, **values: int | float | bool | str) -> Kernel:
+    """See mega.cuh; `warps` that compute, one more brings weights; the values are those of mega/table.py."""
+    constants = _constants(WARPS=warps, **values)
+    return Kernel("mega", "mega.cuh", "MegaArgs", constants, 32 * (warps + 1), shared=shared, least_arch=80)

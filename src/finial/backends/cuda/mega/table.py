@@ -1,0 +1,474 @@
+"""The phase table: which block computes which rows, what it waits for and what it signals; and how memory is laid out.
+
+Everything that the kernel and its host must agree on stands here; kernels/cuda/mega.cuh has the same numbers.  Knows
+shapes; nothing of graphs, weights and devices.
+
+    plan = make_plan(shape, rows=1, multiprocessors=132, shared=227 << 10)
+    plan.table[block]; kernel(plan, page_size=32)
+
+A step is a list of phases, each shared out over the blocks: for every layer QKV, ATTEND, OUTPUT, GATE_UP and DOWN,
+then HEAD, SAMPLE where tokens are drawn, and TOKEN.  Products go by row groups of 8 weight rows, in the order of
+`row_order`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finial.backends.cuda import kernels
+from finial.backends.cuda.kernels import Kernel, heads_at_once
+from finial.backends.cuda.mega.shape import MegaShape, Unsuited
+
+Numbers = int | NDArray[np.int64]
+
+# Kinds of entries.
+QKV, ATTEND, OUTPUT, GATE_UP, DOWN, HEAD, SAMPLE, TOKEN = range(8)
+END = -1
+NAMES = ("QKV", "ATTEND", "OUTPUT", "GATE_UP", "DOWN", "HEAD", "SAMPLE", "TOKEN")
+PRODUCTS = (QKV, OUTPUT, GATE_UP, DOWN, HEAD)
+# Fields of an entry, int32 each.
+KIND, LAYER, FIRST, COUNT, WAIT, TARGET, SIGNAL, STAGES = range(8)
+ENTRY = 8
+NOTHING = -1  # instead of a counter
+
+COUNTER_STRIDE = 32  # u32 from one counter to the next: a line of memory each
+ROWS = 8  # weight rows of a group
+UNIT_K = 32  # weights of each of them in a unit
+UNIT_BYTES = {"bf16": 512, "fp8": 256, "q8_0": 272}
+MOST_ROWS = 8  # sequences of a step
+MOST_SPLITS = 32
+STOPS = 8  # tokens that may end a row
+
+# What a block's shared memory holds besides, in the kernel's own static variables.
+STATIC_SHARED = 4 << 10
+RESERVED_SHARED = 1 << 10  # of every block, by the system (CUDA C++ programming guide, from 8.0)
+STAGE_BYTES = 16 << 10  # about this much is copied at once
+LEAST_STAGES = 3
+
+
+def row_order(shape: MegaShape, kind: int) -> NDArray[np.int64]:
+    """Where each row of a product comes from, in the order in which the table counts rows: int64 [rows, 2].
+
+    Column 0: which matrix (of q, k, v for QKV, of gate and up for GATE_UP, else the one there is); 1: its row.
+    """
+    rows = np.zeros((product_size(shape, kind)[0], 2), np.int64)
+    if kind == QKV:  # head by head: its queries, its key, its value
+        d, group = shape.head_dim, shape.group
+        by_head = rows.reshape(shape.kv_heads, group + 2, d, 2)
+        by_head[:, :group, :, 1] = np.arange(shape.heads * d).reshape(shape.kv_heads, group, d)
+        for which in (1, 2):
+            by_head[:, group + which - 1, :, 0] = which
+            by_head[:, group + which - 1, :, 1] = np.arange(shape.kv_heads * d).reshape(shape.kv_heads, d)
+    elif kind == GATE_UP:  # in turn
+        rows[1::2, 0] = 1
+        rows[:, 1] = np.arange(len(rows)) // 2
+    else:
+        rows[:, 1] = np.arange(len(rows))
+    return rows
+
+
+def product_size(shape: MegaShape, kind: int) -> tuple[int, int]:
+    """(rows, k) of a product."""
+    return {
+        QKV: (shape.qkv_rows, shape.width),
+        OUTPUT: (shape.width, shape.heads * shape.head_dim),
+        GATE_UP: (2 * shape.ffn, shape.width),
+        DOWN: (shape.width, shape.ffn),
+        HEAD: (shape.vocab, shape.width),
+    }[kind]
+
+
+def groups_of(shape: MegaShape, kind: int) -> int:
+    """Row groups of a product."""
+    return -(-product_size(shape, kind)[0] // ROWS)
+
+
+def k_units(shape: MegaShape, kind: int) -> int:
+    """Units of a row group."""
+    return -(-product_size(shape, kind)[1] // UNIT_K)
+
+
+# --- counters ---------------------------------------------------------------------------------------------------------
+
+
+def counter(shape: MegaShape, kind: int, layer: int = 0, head: int = 0) -> int:
+    """The number of the counter that a phase signals: one a key/value head for QKV, one a layer, one a step."""
+    per = shape.kv_heads + 4
+    if kind == QKV:
+        return layer * per + head
+    if kind in (ATTEND, OUTPUT, GATE_UP, DOWN):
+        return layer * per + shape.kv_heads + (ATTEND, OUTPUT, GATE_UP, DOWN).index(kind)
+    return shape.layers * per + (HEAD, SAMPLE).index(kind)
+
+
+def counters(shape: MegaShape) -> int:
+    """How many there are."""
+    return counter(shape, SAMPLE) + 1
+
+
+# --- constants of the model beside its matrices -----------------------------------------------------------------------
+
+
+def vectors(shape: MegaShape) -> tuple[dict[str, int], int, dict[str, int], int]:
+    """Offsets in floats: of a layer's vectors, the stride from layer to layer, of those after the layers, and the sum.
+
+    What a model has none of has no room.  Vectors of rows are in the order of the table's rows.
+    """
+
+    def rows(kind: int) -> int:
+        return groups_of(shape, kind) * ROWS
+
+    scales, d = shape.format == "fp8", shape.head_dim
+    layer = {
+        "attn_norm": shape.width,
+        "mlp_norm": shape.width,
+        "q_norm": d if shape.normed else 0,
+        "k_norm": d if shape.normed else 0,
+        "qkv_bias": rows(QKV) if shape.bias else 0,
+        "qkv_scales": rows(QKV) if scales else 0,
+        "o_scales": rows(OUTPUT) if scales else 0,
+        "gate_up_scales": rows(GATE_UP) if scales else 0,
+        "down_scales": rows(DOWN) if scales else 0,
+    }
+    after = {"final_norm": shape.width, "head_scales": rows(HEAD) if scales else 0}
+    offsets, stride = _offsets(layer, 0)
+    after_offsets, total = _offsets(after, shape.layers * stride)
+    return offsets, stride, after_offsets, total
+
+
+def _offsets(sizes: dict[str, int], at: int) -> tuple[dict[str, int], int]:
+    offsets = {}
+    for name, size in sizes.items():
+        offsets[name] = at
+        at += -(-size // 4) * 4  # 16-byte loads
+    return offsets, at
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A table and what goes with it.
+
+    Attributes:
+        rows: sequences of a step, B.
+        blocks: of the launch; warps: that compute, in each.
+        terms: bf16 terms of a value of x.
+        stage_units, stages: of the ring.
+        most_groups: row groups whose sums go through shared memory at once.
+        splits: of each attention item; heads: query heads of an item; parts: items of a key/value head and row.
+        sampled: tokens are drawn; otherwise the highest logit is taken where it is made.
+        table: int32 [blocks, entries, 8], ended by END.
+        arrivals: int32 [counters], of a step.
+    """
+
+    shape: MegaShape
+    rows: int
+    blocks: int
+    warps: int
+    terms: int
+    stage_units: int
+    stages: int
+    most_groups: int
+    splits: int
+    heads: int
+    parts: int
+    sampled: bool
+    table: NDArray[np.int32]
+    arrivals: NDArray[np.int32]
+    shared: SharedLayout
+
+    @property
+    def items(self) -> int:
+        """Of attention: row, then key/value head, then part of its group."""
+        return self.rows * self.shape.kv_heads * self.parts
+
+    @property
+    def entries(self) -> int:
+        """Of a block, END among them."""
+        return int(self.table.shape[1])
+
+    def units(self) -> NDArray[np.int64]:
+        """Units of each entry, [blocks, entries]; 0 where it streams nothing."""
+        return _units(self.shape, self.table)
+
+    def stream_bytes(self) -> NDArray[np.int64]:
+        """Of each block, for a step."""
+        nbytes: NDArray[np.int64] = self.units().sum(axis=1) * UNIT_BYTES[self.shape.format]
+        return nbytes
+
+    def offsets(self) -> NDArray[np.uint64]:
+        """Where each block's stream begins, from the first one's; the last is the size of all."""
+        sizes = -(-self.stream_bytes() // 128) * 128
+        ends: NDArray[np.uint64] = np.cumsum(np.append(0, sizes)).astype(np.uint64)
+        return ends
+
+
+@dataclass(frozen=True)
+class SharedLayout:
+    """Bytes of a block's dynamic shared memory, in this order.
+
+    `scratch` holds x and then sums during a product, and what attention and sampling need during those.
+    """
+
+    ring: int
+    x: int
+    sums: int
+    attend: int
+    sample: int
+    table: int
+
+    @property
+    def scratch(self) -> int:
+        """Of whichever phase needs most."""
+        return max(self.x + self.sums, self.attend, self.sample)
+
+    @property
+    def total(self) -> int:
+        """What the launch asks for."""
+        return self.ring + self.scratch + self.table
+
+
+def make_plan(
+    shape: MegaShape,
+    *,
+    rows: int,
+    multiprocessors: int,
+    shared: int,
+    sampled: bool = False,
+    warps: int = 8,
+    stage_bytes: int = STAGE_BYTES,
+) -> Plan:
+    """The table for a device, one block a multiprocessor.
+
+    Args:
+        rows: sequences of a step, 1 to 8.
+        shared: bytes of shared memory that a block may have.
+    Raises:
+        Unsuited: it does not fit; says what.
+    """
+    if not 1 <= rows <= MOST_ROWS:
+        raise Unsuited(f"{rows} sequences in a step: at most {MOST_ROWS}")
+    blocks = min(multiprocessors, groups_of(shape, HEAD))  # every block has rows of the head: see check.py
+    heads = heads_at_once(shape.cache, shape.group)
+    parts = -(-shape.group // heads)
+    items = rows * shape.kv_heads * parts
+    splits = split_count(items, blocks)
+    builder = _Builder(shape, blocks, rows, parts, splits, sampled)
+    table, arrivals = builder.build(), builder.arrivals
+    products = np.isin(table[:, :, KIND], PRODUCTS)
+    most_groups = min(8, int(table[:, :, COUNT][products].max()))
+    terms, unit = terms_of(rows), UNIT_BYTES[shape.format]
+    room = shared - STATIC_SHARED - RESERVED_SHARED
+    while True:
+        layout = _shared(shape, rows, terms, warps, most_groups, heads, table.shape[1])
+        stage_units = max(warps, stage_bytes // unit // warps * warps)
+        stages = (room - layout.total) // (stage_units * unit)
+        if stages >= LEAST_STAGES:
+            break
+        if stage_bytes > STAGE_BYTES // 4 and stage_units > warps:
+            stage_bytes //= 2
+        elif most_groups > 1:
+            most_groups //= 2
+        elif terms > 2:
+            terms -= 1
+        else:
+            raise Unsuited(
+                f"{rows} rows of {_most_k(shape):,} values take {layout.total:,} of {max(room, 0):,} bytes of a "
+                f"block's shared memory, which leaves no room for weights"
+            )
+    stages = min(stages, 32)
+    layout = SharedLayout(**{**layout.__dict__, "ring": stages * stage_units * unit})
+    units = _units(shape, table)
+    table[:, :, STAGES] = -(-units // stage_units)
+    waits = table[:, :, WAIT]
+    table[:, :, TARGET] = np.where(waits >= 0, arrivals[waits], 0)
+    return Plan(
+        shape,
+        rows,
+        blocks,
+        warps,
+        terms,
+        stage_units,
+        stages,
+        most_groups,
+        splits,
+        heads,
+        parts,
+        sampled,
+        table,
+        arrivals,
+        layout,
+    )
+
+
+def _units(shape: MegaShape, table: NDArray[np.int32]) -> NDArray[np.int64]:
+    per_group = np.zeros(len(NAMES) + 1, np.int64)  # the last is END's
+    for kind in PRODUCTS:
+        per_group[kind] = k_units(shape, kind)
+    units: NDArray[np.int64] = per_group[table[:, :, KIND]] * table[:, :, COUNT]
+    return units
+
+
+def terms_of(rows: int) -> int:
+    """bf16 terms of a value of x: three are float32 itself, two are within 2^-17; 16 rows of a tile hold them all."""
+    return 3 if rows * 3 <= 16 else 2
+
+
+def split_count(items: int, blocks: int) -> int:
+    """Into how many stretches of positions each attention item is cut: the busiest block shall have the least to do.
+
+    An entry costs about as much as a fiftieth of an item of typical depth, whatever its stretch.
+    """
+    return min(range(1, MOST_SPLITS + 1), key=lambda splits: -(-items * splits // blocks) * (1 / splits + 0.02))
+
+
+def _most_k(shape: MegaShape) -> int:
+    return max(product_size(shape, kind)[1] for kind in PRODUCTS)
+
+
+def _shared(
+    shape: MegaShape, rows: int, terms: int, warps: int, most_groups: int, heads: int, entries: int
+) -> SharedLayout:
+    """Without the ring."""
+    k = -(-_most_k(shape) // UNIT_K) * UNIT_K
+    d = -(-shape.head_dim // 16) * 16
+    return SharedLayout(
+        ring=0,
+        x=_aligned(rows * terms * (k + 8) * 2),
+        sums=warps * most_groups * 16 * ROWS * 4,
+        # Queries and the new key and value, the rotation, and each warp's sums.
+        attend=_aligned(((heads + 2) * d + d + warps * heads * (d + 2)) * 4),
+        # A histogram of 256, and two numbers of 8 bytes of each thread.
+        sample=_aligned(256 * 8 + warps * 32 * 16),
+        table=_aligned(entries * ENTRY * 4),
+    )
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 128) * 128
+
+
+class _Builder:
+    """Entries phase by phase; weights are shared out so that streams are of equal length too."""
+
+    def __init__(self, shape: MegaShape, blocks: int, rows: int, parts: int, splits: int, sampled: bool) -> None:
+        self._shape, self._blocks, self._rows = shape, blocks, rows
+        self._parts, self._splits, self._sampled = parts, splits, sampled
+        self._load = np.zeros(blocks, np.int64)  # units
+        self._chunks: list[NDArray[np.int32]] = []  # of entries, each with its block before it
+        self.arrivals = np.zeros(counters(shape), np.int32)
+
+    def build(self) -> NDArray[np.int32]:
+        """int32 [blocks, entries, 8], ended by END; targets and stages are not there yet."""
+        shape = self._shape
+        before = NOTHING
+        for layer in range(shape.layers):
+            self._product(QKV, layer, before)
+            self._attention(layer)
+            self._product(OUTPUT, layer, counter(shape, ATTEND, layer))
+            self._product(GATE_UP, layer, counter(shape, OUTPUT, layer))
+            self._product(DOWN, layer, counter(shape, GATE_UP, layer))
+            before = counter(shape, DOWN, layer)
+        self._product(HEAD, 0, before)
+        last = counter(shape, HEAD)
+        if self._sampled:
+            rows = np.arange(self._rows)
+            self._add(self._least_loaded()[rows % self._blocks], SAMPLE, 0, rows, 1, last, counter(shape, SAMPLE))
+            last = counter(shape, SAMPLE)
+        self._add(np.arange(self._blocks), TOKEN, 0, 0, 0, last, NOTHING)
+        return self._table()
+
+    def _table(self) -> NDArray[np.int32]:
+        entries = np.concatenate(self._chunks)
+        entries = entries[np.argsort(entries[:, 0], kind="stable")]
+        block = entries[:, 0]
+        lengths = np.bincount(block, minlength=self._blocks)
+        at = np.arange(len(block)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        table = np.zeros((self._blocks, int(lengths.max()) + 1, ENTRY), np.int32)
+        table[:, :, KIND] = END
+        table[block, at] = entries[:, 1:]
+        return table
+
+    def _least_loaded(self) -> NDArray[np.int64]:
+        return np.argsort(self._load, kind="stable")
+
+    def _add(
+        self, block: Numbers, kind: int, layer: int, first: Numbers, count: Numbers, wait: Numbers, signal: Numbers
+    ) -> None:
+        columns = np.broadcast_arrays(block, kind, layer, first, count, wait, 0, signal, 0)
+        self._chunks.append(np.stack(columns, axis=1).astype(np.int32))
+        if kind == ATTEND:  # who merges an item signals
+            self.arrivals[signal] = self._rows * self._shape.kv_heads * self._parts
+        elif kind != TOKEN:
+            np.add.at(self.arrivals, columns[7], 1)
+
+    def _product(self, kind: int, layer: int, wait: int) -> None:
+        shape = self._shape
+        groups, units = groups_of(shape, kind), k_units(shape, kind)
+        each, more = divmod(groups, self._blocks)
+        counts = np.full(self._blocks, each)
+        counts[self._least_loaded()[:more]] += 1
+        self._load += counts * units
+        ends = np.cumsum(counts)
+        heads = shape.kv_heads if kind == QKV else 1
+        # Cut where the block changes and where the counter does.
+        cuts = np.unique(np.concatenate([ends, np.arange(1, heads + 1) * (groups // heads) if heads > 1 else ends]))
+        first = np.concatenate([[0], cuts[:-1]])
+        first, cuts = first[cuts > first], cuts[cuts > first]
+        block = np.searchsorted(ends, first, side="right")
+        signal = counter(shape, kind, layer) + first // (groups // heads)
+        self._add(block, kind, layer, first, cuts - first, wait, signal)
+
+    def _attention(self, layer: int) -> None:
+        shape, splits, blocks = self._shape, self._splits, self._blocks
+        pairs = self._rows * shape.kv_heads * self._parts * splits
+        pair = np.arange(pairs)
+        block = pair * blocks // pairs if pairs < blocks else pair % blocks
+        item, split = np.divmod(pair, splits)
+        wait = counter(shape, QKV, layer) + item // self._parts % shape.kv_heads
+        self._add(block, ATTEND, layer, item, split | splits << 16, wait, counter(shape, ATTEND, layer))
+
+
+# --- the kernel -------------------------------------------------------------------------------------------------------
+
+
+def kernel(plan: Plan, page_size: int) -> Kernel:
+    """See mega.cuh."""
+    shape = plan.shape
+    return kernels.mega(
+        warps=plan.warps,
+        shared=plan.shared.total,
+        Format=kernels.FORMATS[shape.format][0],
+        Embed=kernels.FORMATS[shape.embed][0],
+        Cache=f"{kernels.CACHES[shape.cache][0]}<{shape.head_dim}>",
+        L=shape.layers,
+        D=shape.width,
+        H=shape.heads,
+        KV=shape.kv_heads,
+        HD=shape.head_dim,
+        F=shape.ffn,
+        V=shape.vocab,
+        B=plan.rows,
+        TERMS=plan.terms,
+        STAGES=plan.stages,
+        STAGE_UNITS=plan.stage_units,
+        GA=plan.most_groups,
+        SPLITS=plan.splits,
+        GB=plan.heads,
+        U=4 if shape.head_dim <= 128 else 2,
+        PAGE=page_size,
+        WINDOW=shape.window or 0,
+        EPS=float(shape.eps),
+        ROPE_SCALE=float(shape.rope_scale),
+        SCALE=float(shape.scale),
+        NORMED=shape.normed,
+        BIAS=shape.bias,
+        SAMPLED=plan.sampled,
+        ENTRIES=plan.entries,
+        SCRATCH=plan.shared.scratch,
+    )
