@@ -51,7 +51,7 @@ _ARGS = {
     "P sequence,P pages,i vocab,i stride,i page_stride,i padding",
     "MegaArgs": "P table,P streams,P offsets,P vectors,P frequencies,P embed,P embed_scales,P caches,P pages,P state,"
     "P x0,P x1,P qkv,P attn,P act,P parts,P tickets,P counters,P candidates,P logits,P tokens,P requests,P draws,"
-    "P stops,P ring,P control,P limit_ns,i steps,i done,i page_stride,i ring_rows",
+    "P stops,P ring,P control,P limit_ns,i steps,i page_stride,i ring_rows,i ring_stride,i epoch,i padding",
 }
 
 
