@@ -12,12 +12,18 @@ from typing import Any
 
 import pytest
 
+from finial.lab import session
+from finial.lab.analysis import energy
+from finial.lab.engines.table import ENGINES
+from finial.lab.plan import Plan
 from finial.lab.probes.clock import DeviceClock, FakeClock
 from finial.lab.probes.energy import (
     AppleMeter,
     CounterMeter,
     FakeMeter,
+    Meter,
     NoMeter,
+    Reading,
     cost,
     idle,
     open_meter,
@@ -25,6 +31,10 @@ from finial.lab.probes.energy import (
 )
 from finial.lab.probes.memory import FakeMemory, MemoryProbe, Parts, parts, tree
 from finial.lab.probes.state import FakeState, State, read_state, warnings
+from finial.lab.record import Data, Record
+from finial.lab.report import markdown_text
+from finial.lab.session import Model, Session
+from finial.lab.workloads import Sizes
 from finial.machine import Sources
 
 MIB = 1 << 20
@@ -347,6 +357,67 @@ def test_fake_meter_integrates_its_power() -> None:
     clock.sleep(1)
     used = meter.used(before, meter.read())
     assert used.total_j == 50 and idle(meter, 2, clock.sleep).watts == 30
+
+
+# A machine of 10 W, 15 W with the engines loaded, 40 W at work: seconds and watts between one reading and the next.
+INTERVALS = ((0, 0), (0, 0), (2, 10), (0, 0), (0, 0), (2, 15), (0, 0), (4, 40))
+
+
+class Tree(CounterMeter):
+    """RAPL's files as a kernel would write them, on a clock that moves by `INTERVALS`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.left, self.joules = root, iter(INTERVALS), 1.0
+        super().__init__(linux(root, RAPL), FakeClock())
+
+    def read(self) -> Reading:
+        seconds, watts = next(self.left)
+        assert isinstance(self.clock, FakeClock)
+        self.clock.sleep(seconds)
+        self.joules += seconds * watts
+        write(self.root, {"sys/class/powercap/intel-rapl:0/energy_uj": f"{round(self.joules * 1e6)}"})
+        return super().read()
+
+
+class FakeProbe:
+    def now(self, threads: int, nbytes: int = 0) -> dict[str, Any]:
+        return {"read_gb_s": 50.0, "core_to_core_ns": 55.0, "at": time.time()}
+
+    def peaks(self, threads: int) -> dict[str, float]:
+        return {"bf16": 100.0}
+
+
+def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, meter: Meter) -> Data:
+    """The record of a run of finial on the demo model, with such a meter."""
+    monkeypatch.setattr(session, "WINDOW_S", 0.01)
+    monkeypatch.setattr(session, "IDLE_S", 0.01)
+    model = Model.find("demo")
+    places = model.places(folder / "engines", {}, folder)
+    plan = Plan.of(["decode"], Sizes(generate=(9,), depth=(8,), rounds=2), threads=[1], usable=1)
+    made = Session(model, plan, places, [ENGINES["finial"]], folder / "r.json")
+    made.run(lambda text: None, judged=False, probe=FakeProbe(), meter=meter)
+    return Record.open(folder / "r.json").data
+
+
+def test_a_run_measures_its_energy_between_two_idles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = measured(tmp_path, monkeypatch, Tree(tmp_path / "machine"))
+    (cell,) = data.cells.values()
+    window = cell.engines["finial"].energy
+    assert window is not None and window.seconds == 4 and window.joules["RAPL package-0"] == pytest.approx(160)
+    assert window.tokens >= 9 and window.tokens % 9 == 0
+    assert data.idle_w["empty"]["RAPL package-0"] == 10 and data.idle_w["loaded demo/stored/1"]["RAPL package-0"] == 15
+    found = energy(data, cell, "finial")
+    assert found is not None and found.watts == 40 and "package-0" in found.counters
+    joules = [each * window.tokens for each in (found.gross_j, found.net_empty_j, found.net_loaded_j) if each]
+    assert joules == pytest.approx([160, 160 - 4 * 10, 160 - 4 * 15])
+    assert data.energy == "" and "energy: RAPL package-0" in markdown_text([data])
+
+
+def test_a_run_without_a_counter_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = measured(tmp_path, monkeypatch, open_meter(linux(tmp_path / "machine", {})))
+    assert "no RAPL" in data.energy and not data.idle_w
+    assert all(row.energy is None for cell in data.cells.values() for row in cell.engines.values())
+    assert f"energy: unavailable ({data.energy})" in markdown_text([data])
 
 
 # --- state -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,10 @@ import pytest
 
 import browser
 from finial.cli import invoke
-from finial.lab.record import Cell, Data, Divergence, Reading, Record, Row, Sample, Verdict
+from finial.lab.analysis import energy
+from finial.lab.answer import answer
+from finial.lab.record import Cell, Data, Divergence, Energy, Reading, Record, Row, Sample, Verdict
+from finial.lab.report import csv_text, markdown_text
 from finial.lab.report.charts import pictures
 from finial.lab.report.html import page
 from finial.lab.report.results import Study
@@ -42,10 +45,10 @@ def row(values: Sequence[float], *, cache: bool = True, joules: float | None = N
                 after=probe,
                 others=0.0,
                 wall_s=2.0,
-                energy_j=None if joules is None else {"nvml": joules},
             )
             for index, value in enumerate(values)
         ],
+        energy=None if joules is None else Energy(2.0, {"nvml": joules}, 100),
         cache=cache,
         version="1.0",
         precision="bf16 weights",
@@ -91,7 +94,9 @@ def everything() -> Data:
         engines = {"finial": row(speeds), "finial, no cache": uncached}
         cells.append(cell(f"depth {depth}", engines, depth=depth, caches=(True, False), family="cache"))
     verdicts = {"finial": good, EVIL: Verdict(positions=100, kl_mean=2e-2, kl_p99=0.1, kl_max=0.2, top1=0.9)}
-    return data(*cells, verdicts=verdicts, idle_w={"loaded": {"nvml": 10.0}}, command=["finial", "bench", "<b>"])
+    return data(
+        *cells, verdicts=verdicts, idle_w={"loaded model/bf16/2": {"nvml": 10.0}}, command=["finial", "bench", "<b>"]
+    )
 
 
 def test_a_failed_row_is_never_a_number():
@@ -122,7 +127,29 @@ def test_every_verdict_is_put_in_words():
 
 def test_energy_is_measured_or_said_to_be_unavailable():
     assert "energy: nvml" in page([data(cell("decode", {"finial": row([10.0], joules=170.0)}))])
-    assert "energy: unavailable" in page([data(cell("decode", {"finial": row([10.0])}))])
+    without = data(cell("decode", {"finial": row([10.0])}), energy="no RAPL, no NVML")
+    assert "energy: unavailable (no RAPL, no NVML)" in page([without])
+    assert csv_text([without]).splitlines()[1].endswith(",unavailable" * 5)
+    assert "tokens per joule: unavailable" in markdown_text([without])
+    assert answer(without).energy == "Energy: unavailable (no RAPL, no NVML)."
+
+
+def test_energy_of_counters_is_gross_and_net_of_two_idles_everywhere():
+    """200 J in 2 s for 100 tokens; the empty machine takes 10 W, the one with the engines loaded 25 W."""
+    idle = {"empty": {"nvml": 10.0}, "loaded model/bf16/2": {"nvml": 25.0}}
+    made = data(cell("decode", {"finial": row([10.0], joules=200.0), "other": row([9.0])}), idle_w=idle)
+    cost = energy(made, made.cells["model/bf16/2/decode"], "finial")
+    assert cost is not None
+    figures = (cost.gross_j, cost.net_empty_j, cost.net_loaded_j, cost.tokens_per_j, cost.watts)
+    assert figures == pytest.approx((2.0, 1.8, 1.5, 0.5, 100.0))
+    assert csv_text([made]).splitlines()[1].endswith(",2.0,1.8,1.5,0.5,nvml")
+    assert csv_text([made]).splitlines()[2].endswith(",unavailable" * 5)
+    assert "| decode | finial | 2 | 1.8 | 1.5 | 0.5 | 100 | nvml |" in markdown_text([made])
+    html = page([made])
+    assert "<td>1.5</td>" in html and "2 J/token" in html
+    picture = next(chart for chart in pictures(Study.of([made]), LIGHT) if chart.name.startswith("energy"))
+    assert "0.50 tok/J" in picture.svg() and "net 1.8 / 1.5" in picture.svg()
+    assert [s.energy.gross_j if s.energy else None for s in answer(made).tables[0].standings] == [2.0, None]
 
 
 def test_every_kind_of_picture_is_drawn_and_is_sound_svg():

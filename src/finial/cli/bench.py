@@ -22,6 +22,7 @@ from finial.errors import RequestError
 
 if TYPE_CHECKING:
     from finial.lab.answer import Answer, Table
+    from finial.lab.probes.energy import Cost
     from finial.lab.session import Session
 
 REGRESSION = 1
@@ -333,9 +334,16 @@ def _show(session: Session, out: Path) -> None:
         _ranking(table)
     screen.print()
     screen.print(console.clean(found.limit), markup=False, soft_wrap=True)
+    screen.print(console.clean(found.energy), markup=False, soft_wrap=True)
     for warning in session.record.data.warnings:
         console.note(warning, "yellow")
     console.note(f"record: {out}   page: finial report {out} --html {out.with_suffix('.html')}")
+
+
+def _energy(cost: Cost | None) -> list[str]:
+    from finial.lab.report.results import joules
+
+    return [joules(figure) for figure in ((None, None) if cost is None else (cost.gross_j, cost.tokens_per_j))]
 
 
 def _sentence(found: Answer) -> None:
@@ -351,8 +359,11 @@ def _ranking(table: Table) -> None:
     cell = table.cell
     title = f"{cell.workload.name} · {cell.model}, {cell.format}, {console.count(cell.threads, 'thread')}"
     grid = Grid(title=title, title_justify="left", box=None, pad_edge=False)
-    for name in ("", "engine", cell.workload.unit, "95 % interval", "of the limit", "the best is", "memory", "verdict"):
-        grid.add_column(name, justify="right" if name in (cell.workload.unit, "of the limit", "memory") else "left")
+    metered = any(standing.energy is not None for standing in table.standings)
+    names = ["", "engine", cell.workload.unit, "95 % interval", "of the limit", "the best is", "memory", "verdict"]
+    for name in [*names, *(["J/token", "tok/J"] if metered else [])]:
+        right = name in (cell.workload.unit, "of the limit", "memory", "J/token", "tok/J")
+        grid.add_column(name, justify="right" if right else "left")
     for place, standing in enumerate(table.standings, 1):
         value, versus, verdict = standing.value, standing.versus, standing.verdict
         faster = "" if versus is None else f"{versus.median:.2f} × faster" if versus.shown else "no difference shown"
@@ -368,6 +379,7 @@ def _ranking(table: Table) -> None:
             faster,
             "" if standing.peak_bytes is None else console.size(standing.peak_bytes),
             judged,
+            *(_energy(standing.energy) if metered else ()),
         )
     for name, reason in table.failures.items():
         grid.add_row("–", Text(name, style="dim"), Text("failed", style="red"), "", "", "", "", Text(reason[:80]))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from finial.lab.probes.energy import SHORTEST_S, Cost, Energy, cost
 from finial.lab.record import Cell, Data, Reading, Row, Sample
 from finial.lab.roofline import peak_for
 from finial.lab.statistics import Interval, Ratio, exponent, median, median_interval, paired_ratio
@@ -128,30 +129,24 @@ def peak_bytes(cell: Cell, name: str) -> int | None:
     return row.memory.get("peak_bytes")
 
 
-@dataclass(frozen=True)
-class Energy:
-    """Of a row: joules per generated token, gross, and net of the power that the idle machine takes."""
-
-    counter: str
-    gross_j: float
-    net_j: float | None
-
-
-def energy(data: Data, cell: Cell, name: str) -> Energy | None:
-    """Energy per token over all samples together; None without a counter."""
+def energy(data: Data, cell: Cell, name: str) -> Cost | None:
+    """Joules per token of a row, gross and net of both idles; None where it has no number or there is no counter."""
     row = measured(cell).get(name)
-    counters = sorted({key for s in (row.samples if row else ()) for key in s.energy_j or ()})
-    if row is None or not counters:
+    if row is None or row.energy is None or not row.energy.tokens:
         return None
-    counter = counters[0]
-    used = [s for s in row.samples if s.energy_j and counter in s.energy_j and s.wall_s]
-    tokens = len(used) * cell.workload.new * cell.workload.sequences
-    if not tokens:
-        return None
-    gross = sum((s.energy_j or {})[counter] for s in used)
-    idle = data.idle_w.get("empty", {}).get(counter)
-    net = None if idle is None else (gross - idle * sum(s.wall_s or 0.0 for s in used)) / tokens
-    return Energy(counter, gross / tokens, net)
+    empty, loaded = (
+        Energy.of(SHORTEST_S, {c: w * SHORTEST_S for c, w in data.idle_w[key].items()}) if key in data.idle_w else None
+        for key in ("empty", f"loaded {cell.model}/{cell.format}/{cell.threads}")
+    )
+    return cost(Energy.of(row.energy.seconds, row.energy.joules), row.energy.tokens, empty, loaded)
+
+
+def energy_line(data: Data) -> str:
+    """Which counters were read, or why there were none."""
+    found = {
+        c for cell in data.cells.values() for row in cell.engines.values() if row.energy for c in row.energy.joules
+    }
+    return f"energy: {', '.join(sorted(found))}" if found else f"energy: unavailable ({data.energy or 'no counter'})"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finial.lab.analysis import limit, measured, peak_bytes, rank, ratio, readings, share
+from finial.lab.analysis import energy, energy_line, limit, measured, peak_bytes, rank, ratio, readings, share
+from finial.lab.probes.energy import Cost
 from finial.lab.record import Cell, Data, Verdict
 from finial.lab.statistics import Interval, Ratio, median
 
@@ -32,6 +33,7 @@ class Standing:
     versus: Ratio | None
     peak_bytes: int | None
     verdict: Verdict | None
+    energy: Cost | None = None
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,20 @@ class Table:
 
 @dataclass(frozen=True)
 class Answer:
-    """Everything to say first."""
+    """Everything to say first; `energy` says which counters were read, or why there were none."""
 
     tables: list[Table]
     limit: str
     sentence: str
+    energy: str
 
 
 def answer(data: Data) -> Answer:
     """Of a record that has at least one cell."""
     cells = [c for c in data.cells.values() if c.workload.kind not in UNCOMPARED]
     tables = [_table(data, cell) for cell in cells]
-    return Answer(tables, _limit(tables), _sentence(tables))
+    line = energy_line(data)
+    return Answer(tables, _limit(tables), _sentence(tables), f"{line[0].upper()}{line[1:]}.")
 
 
 def _table(data: Data, cell: Cell) -> Table:
@@ -67,7 +71,15 @@ def _table(data: Data, cell: Cell) -> Table:
     for place, (name, value) in enumerate(ranking):
         versus = ratio(cell, ranking[0][0], name) if place else None
         standings.append(
-            Standing(name, value, share(cell, name, data.peaks), versus, peak_bytes(cell, name), verdicts.get(name))
+            Standing(
+                name,
+                value,
+                share(cell, name, data.peaks),
+                versus,
+                peak_bytes(cell, name),
+                verdicts.get(name),
+                energy(data, cell, name),
+            )
         )
     failures = {name: row.reason for name, row in cell.engines.items() if row.status != "ok"}
     return Table(cell, standings, limit(cell, data.peaks), failures)

@@ -17,23 +17,28 @@ LEAST_TOKEN_S = 0.0003
 START_S, PROBE_S, VERDICT_S = 3.0, 0.2, 15.0
 
 
-def estimate(groups: Sequence[Group], engines: Sequence[Engine], model_bytes: float = BYTES) -> float:
+def estimate(
+    groups: Sequence[Group], engines: Sequence[Engine], model_bytes: float = BYTES, window_s: float = 0.0
+) -> float:
     """Seconds for everything.
 
     Args:
         model_bytes: of the weights.
+        window_s: of work whose energy is measured, in each row.
     """
-    return sum(group_seconds(group, engines, model_bytes) for group in groups)
+    return sum(group_seconds(group, engines, model_bytes, window_s) for group in groups)
 
 
-def group_seconds(group: Group, engines: Sequence[Engine], model_bytes: float) -> float:
+def group_seconds(group: Group, engines: Sequence[Engine], model_bytes: float, window_s: float = 0.0) -> float:
     """Of one group: starting its engines, its workloads, its verdicts."""
     able = [e for e in engines if any(e.runs(group.format, w) for w in group.workloads)]
     total = START_S * len(able) * (group.starts + (group.starts > 1)) + VERDICT_S * model_bytes / BYTES
-    return total + sum(workload_seconds(group, w, engines, model_bytes) for w in group.workloads)
+    return total + sum(workload_seconds(group, w, engines, model_bytes, window_s) for w in group.workloads)
 
 
-def workload_seconds(group: Group, workload: Workload, engines: Sequence[Engine], model_bytes: float) -> float:
+def workload_seconds(
+    group: Group, workload: Workload, engines: Sequence[Engine], model_bytes: float, window_s: float = 0.0
+) -> float:
     """Of one cell."""
     scale = max(model_bytes / BYTES, 1e-3)
     token = max(scale / DECODE_TOK_S, LEAST_TOKEN_S)
@@ -44,4 +49,4 @@ def workload_seconds(group: Group, workload: Workload, engines: Sequence[Engine]
         run += (workload.new - 1) * fill / 2  # half of the rows read everything again for each token
     once = run + (0 if workload.keeps else fill)
     rounds = rounds_for(workload, once)
-    return count * (fill + (once + min(PROBE_S, once)) * rounds + once * workload.warmups / 2)
+    return count * (fill + (once + min(PROBE_S, once)) * rounds + once * workload.warmups / 2 + window_s)

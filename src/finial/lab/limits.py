@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finial.machine import Sources, bandwidth_bytes, measure_bandwidth, probe_cpu, probe_energy, probe_memory
+from finial.machine import Sources, bandwidth_bytes, measure_bandwidth, probe_cpu, probe_memory
 
 SOURCE = Path(__file__).with_name("probe.c")
 SECONDS = 0.15  # a dozen passes over the buffer
@@ -35,7 +35,6 @@ class Probe:
         self._cpus = _cpus()
         cpu = probe_cpu(Sources())
         self._bytes, self._last_level = bandwidth_bytes(cpu, probe_memory(Sources())), cpu.last_level_bytes
-        self._metered = any(counter.readable for counter in probe_energy(Sources()))
 
     def now(self, threads: int, nbytes: int = 0) -> dict[str, Any]:
         """The fields of `record.Reading`: with as many threads as the engines have.
@@ -48,12 +47,6 @@ class Probe:
         read = measure_bandwidth([threads], size, SECONDS / 3 if cached else SECONDS)[0]
         now = {"read_gb_s": read.read_gb_s, "core_to_core_ns": self._latency(), "at": round(time.time(), 2)}
         return {**now, "from_cache": cached}
-
-    def energy(self) -> dict[str, float]:
-        """Joules so far of every counter that can be read."""
-        if not self._metered:
-            return {}
-        return {c.name: c.joules for c in probe_energy(Sources()) if c.joules is not None}
 
     def peaks(self, threads: int) -> dict[str, float]:
         """1e9 operations per second by kind of number; those that this CPU has."""

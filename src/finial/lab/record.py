@@ -7,6 +7,7 @@ Knows its own shape (docs/lab-record.md) and the disk; measures nothing.
 
 from __future__ import annotations
 
+import inspect
 import os
 import tempfile
 from pathlib import Path
@@ -57,7 +58,6 @@ class Sample(msgspec.Struct, omit_defaults=True):
         value: in the workload's unit (bytes for memory); first, last: of each sequence, seconds since submission.
         times: of each sequence's tokens, kept of the first runs alone; tokens: the beginning of what was generated.
         others: share of the machine that something else took; wall_s: between question and answer.
-        energy_j: by counter.
     """
 
     round: int = 0
@@ -71,8 +71,19 @@ class Sample(msgspec.Struct, omit_defaults=True):
     wall_s: float | None = None
     before: Reading | None = None
     after: Reading | None = None
-    energy_j: dict[str, float] | None = None
     requests: list[Request] | None = None
+
+
+class Energy(msgspec.Struct):
+    """What an engine took while it did a workload again and again, without a pause.
+
+    Attributes:
+        seconds: of the window; joules: by cumulative counter; tokens: that came of it, as the workload counts them.
+    """
+
+    seconds: float
+    joules: dict[str, float]
+    tokens: int
 
 
 class Row(msgspec.Struct, omit_defaults=True):
@@ -82,6 +93,7 @@ class Row(msgspec.Struct, omit_defaults=True):
         status: "ok", "failed" (it said no, died, took too long) or "invalid" (it answered, but not what was asked).
         reason: why not; discarded: samples taken before that, which do not count.
         cache: whether it had a KV cache; memory: what the adapter said of it, in bytes.
+        energy: None where there is no counter (the record says why) or it could not be measured.
     """
 
     status: str = "ok"
@@ -95,6 +107,7 @@ class Row(msgspec.Struct, omit_defaults=True):
     device: str = ""
     load_s: float | None = None
     memory: dict[str, int | None] | None = None
+    energy: Energy | None = None
 
     @property
     def values(self) -> list[float]:
@@ -176,7 +189,9 @@ class Data(msgspec.Struct):
         files: what was run, by name, with size and SHA-256.
         peaks: 1e9 operations per second by number of threads and kind of number.
         verdicts: by "model/format", then by engine; cells: by "model/format/threads/workload".
-        idle_w: power by counter with nothing loaded ("empty") and with the engines loaded ("loaded").
+        idle_w: power by counter with nothing loaded ("empty"), and with the engines of a group loaded, warm and waiting
+            ("loaded", a space, "model/format/threads").
+        energy: why it is unavailable; empty where there is a counter.
     """
 
     schema: int
@@ -194,6 +209,7 @@ class Data(msgspec.Struct):
     warnings: list[str] = []
     states: dict[str, Any] = {}
     idle_w: dict[str, dict[str, float]] = {}
+    energy: str = ""
 
 
 class Record:
@@ -225,14 +241,14 @@ class Record:
             raise FileError(f"{path} cannot be read: {why}", fix="name a record that is there") from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise FileError(f"{path} is no JSON: {error}", fix="it is damaged: measure again") from error
-        schema = raw.get("schema") if isinstance(raw, dict) else None
-        if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
+        version = raw.get("schema") if isinstance(raw, dict) else None
+        if not isinstance(version, int) or not 1 <= version <= SCHEMA:
             raise FileError(
-                f"{path} has schema {schema!r}, this version reads 1 to {SCHEMA}",
+                f"{path} has schema {version!r}, this version reads 1 to {SCHEMA}",
                 fix="update finial, or give a record that `finial bench` wrote",
             )
         try:
-            return Record(path, msgspec.convert(_upgraded(raw) if schema < SCHEMA else raw, Data))
+            return Record(path, msgspec.convert(_upgraded(raw) if version < SCHEMA else raw, Data))
         except (msgspec.ValidationError, KeyError, AttributeError, TypeError) as error:
             raise FileError(f"{path} is damaged: {error}", fix="measure again") from error
 
@@ -254,6 +270,18 @@ class Record:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+
+def schema() -> str:
+    """JSON Schema (draft 2020-12) of the file as it is written, as text: docs/lab-record.schema.json."""
+    head = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"Record of finial bench, schema {SCHEMA}",
+    }
+    made = msgspec.json.schema(Data)
+    for part in made["$defs"].values():
+        part["description"] = inspect.cleandoc(part.get("description", ""))  # Python 3.13 does so by itself
+    return msgspec.json.format(msgspec.json.encode({**head, **made}), indent=1).decode() + "\n"
 
 
 def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:

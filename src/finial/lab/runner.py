@@ -23,7 +23,8 @@ from finial.lab.checks import check, value
 from finial.lab.engines.setup import SetupError, make_file, missing
 from finial.lab.engines.table import Engine, Places
 from finial.lab.limits import taken_seconds
-from finial.lab.record import Cell, Data, Reading, Record, Row, Sample, Verdict
+from finial.lab.probes.energy import Meter, idle
+from finial.lab.record import Cell, Data, Energy, Reading, Record, Row, Sample, Verdict
 from finial.lab.roofline import Floor
 from finial.lab.verdicts import Judge
 from finial.lab.worker import Worker, WorkerError
@@ -40,6 +41,10 @@ STEADY = 0.05  # two warm-up runs that differ by less are steady
 WARM_S = 20.0  # of warming up, after which the next run counts
 KEPT_TIMES = 10  # rounds whose token times are in the record
 
+WINDOW_S = 1.5  # of an engine's work for its energy: counters move in steps of 1 ms (RAPL) to 100 ms (NVML)
+IDLE_S = 2.0  # of measuring what an idle machine takes
+ENERGY_RUN = 1_000_000  # number of the first run of such a window: its prompts are those of no sample
+
 
 class Prober(Protocol):
     """What `finial.lab.limits.Probe` gives."""
@@ -49,9 +54,6 @@ class Prober(Protocol):
 
     def peaks(self, threads: int) -> dict[str, float]:
         """Arithmetic peaks."""
-
-    def energy(self) -> dict[str, float]:
-        """Joules so far, by counter; empty where there is none."""
 
 
 class Invalid(WorkerError):
@@ -79,6 +81,8 @@ class Runner:
         memory_bytes: that one engine may hold.
         tick: called with a cell's key when it is done.
         most_rounds: caps the rounds of workloads that leave them open.
+        meter: of energy; None: nothing is measured.
+        window_s: of an engine's work whose energy is measured, at least; idle_s: of waiting with the engines loaded.
     """
 
     def __init__(
@@ -92,10 +96,15 @@ class Runner:
         memory_bytes: int | None = None,
         tick: Callable[[str], None] = lambda key: None,
         most_rounds: int = 200,
+        meter: Meter | None = None,
+        window_s: float = WINDOW_S,
+        idle_s: float = IDLE_S,
     ) -> None:
         self._record, self._places, self._engines = record, places, engines
         self._probe, self._say, self._tick = probe, say, tick
         self._memory_bytes, self._most_rounds = memory_bytes, most_rounds
+        self._meter = meter if meter is not None and meter.read().joules else None
+        self._window_s, self._idle_s = window_s, idle_s
         self._random = random.Random(seed)
         self._workers: dict[str, Worker] = {}
         self._failed: dict[str, str] = {}  # engine or subject -> why it is out of this group
@@ -247,6 +256,7 @@ class Runner:
             if subject.name in self._workers:
                 last = self._warm(subject, workload, vocab_size, cell.engines[subject.name], failed)
                 needed[subject.name] = min(rounds_for(workload, last), max(workload.rounds, self._most_rounds))
+        self._rest(group)
         nbytes = cell.floor.bytes if cell.floor is not None and workload.kind == "decode" else 0
         before = self._probed(group.threads, nbytes, 0.0)
         rounds = max(needed.values(), default=0)
@@ -272,7 +282,30 @@ class Runner:
                         sample.tokens = None
                     cell.engines[subject.name].samples.append(sample)
                 before = after
+        for subject in self._shuffled(subjects) if self._meter is not None else ():
+            if subject.name in self._workers and subject.name not in failed:
+                cell.engines[subject.name].energy = self._energy(subject, workload, vocab_size, failed)
         self._finish(group, workload, cell, subjects, failed)
+
+    def _rest(self, group: Group) -> None:
+        """What the machine takes while all engines of the group are loaded and wait, once a group."""
+        key = f"loaded {group.key}"
+        if self._meter is not None and key not in self._record.data.idle_w:
+            found = idle_watts(self._meter, self._idle_s)
+            self._record.data.idle_w.update({key: found} if found else {})
+
+    def _energy(
+        self, subject: Subject, workload: Workload, vocab_size: int, failed: dict[str, WorkerError]
+    ) -> Energy | None:
+        """A window of work without a pause, so long that the counters' steps do not matter."""
+        assert self._meter is not None
+        before, end, runs = self._meter.read(), time.perf_counter() + self._window_s, 0
+        while runs == 0 or time.perf_counter() < end:
+            if self._ask(subject, workload, vocab_size, ENERGY_RUN + runs, failed) is None:
+                return None
+            runs += 1
+        used = self._meter.used(before, self._meter.read())
+        return Energy(used.seconds, dict(used.gross_j), runs * workload.worked) if used.gross_j else None
 
     def _warm(
         self, subject: Subject, workload: Workload, vocab_size: int, row: Row, failed: dict[str, WorkerError]
@@ -294,13 +327,30 @@ class Runner:
     def _sample(
         self, subject: Subject, workload: Workload, vocab_size: int, run: int, failed: dict[str, WorkerError]
     ) -> Sample | None:
+        answer = self._ask(subject, workload, vocab_size, run, failed)
+        if answer is None:
+            return None
+        reply, wall, others = answer
+        return Sample(
+            value=value(workload, reply),
+            first=reply["first"],
+            last=reply["last"],
+            times=reply.get("times"),
+            tokens=[ids[:16] for ids in reply["tokens"]],  # enough to see whether they are the model's
+            others=others if wall >= OTHERS_S else None,
+            wall_s=wall,
+        )
+
+    def _ask(
+        self, subject: Subject, workload: Workload, vocab_size: int, run: int, failed: dict[str, WorkerError]
+    ) -> tuple[dict[str, Any], float, float | None] | None:
+        """A checked reply, the seconds that it took, and the share of the machine that others took meanwhile."""
         worker = self._workers[subject.name]
         request = {
             "prompts": prompts(workload, vocab_size, run),
             "new": workload.new,
             "keep": workload.keeps and subject.cache,
         }
-        energy = self._probe.energy()
         clocks = time.perf_counter(), taken_seconds(), worker.processor_seconds()
         try:
             reply = worker.ask("run", RUN_S, **request)
@@ -315,17 +365,7 @@ class Runner:
             if not worker.alive:
                 del self._workers[subject.name]
             return None
-        used = {name: joules - energy[name] for name, joules in self._probe.energy().items() if name in energy}
-        return Sample(
-            value=value(workload, reply),
-            first=reply["first"],
-            last=reply["last"],
-            times=reply.get("times"),
-            tokens=[ids[:16] for ids in reply["tokens"]],  # enough to see whether they are the model's
-            others=_others(clocks, after) if wall >= OTHERS_S else None,
-            wall_s=wall,
-            energy_j=used or None,
-        )
+        return reply, wall, _others(clocks, after)
 
     def _probed(self, threads: int, nbytes: int, wall_s: float) -> Reading:
         """The machine now; beside short samples, a moment ago."""
@@ -421,9 +461,15 @@ def _said(verdict: Verdict) -> str:
     return about + "".join(f"; {flaw}" for flaw in verdict.flaws)
 
 
+def idle_watts(meter: Meter, seconds: float) -> dict[str, float]:
+    """By counter, while nothing is asked of anybody; empty where the counters ran backwards."""
+    found = idle(meter, seconds, time.sleep)
+    return {name: joules / found.seconds for name, joules in found.gross_j.items()}
+
+
 def _reject(row: Row, status: str, reason: str) -> None:
     """A row without a number."""
-    row.status, row.reason = status, reason
+    row.status, row.reason, row.energy = status, reason, None
     row.discarded, row.samples = row.discarded + len(row.samples), []
 
 

@@ -12,6 +12,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,18 +28,18 @@ from finial.lab.engines.table import ENGINES, Engine, Places
 from finial.lab.estimate import estimate, workload_seconds
 from finial.lab.limits import Probe, busy
 from finial.lab.plan import Plan
+from finial.lab.probes.energy import Meter, open_meter
 from finial.lab.probes.state import read_state, warnings
 from finial.lab.quality_run import REFERENCES, TEXTS
 from finial.lab.record import Record
-from finial.lab.runner import Runner, unjudged
+from finial.lab.runner import IDLE_S, WINDOW_S, Runner, idle_watts, unjudged
 from finial.lab.verdicts import Judge
 from finial.lab.workloads import DEMO, Group
-from finial.machine import describe
+from finial.machine import Sources, describe, probe_energy
 
 CACHE = Path.home() / ".cache" / "finial"
 BUSY = 0.05  # share of the machine that others may take before a run is doubtful
 MEMORY_SHARE = 0.9  # of the machine's memory that one engine may hold
-IDLE_S = 2.0  # of measuring what the idle machine takes
 Say = Callable[[str], None]
 
 
@@ -152,7 +153,9 @@ class Session:
         sizes = replace(plan.sizes, limit=min(plan.sizes.limit, config.max_context))
         self.groups: list[Group] = replace(plan, sizes=sizes).groups(model.name)
         self._model, self._places, self._engines, self._seed = model, places, list(engines), seed
-        self.seconds = estimate(self.groups, self._engines, model.checkpoint.nbytes)
+        metered = any(counter.readable for counter in probe_energy(Sources()))
+        self._window_s = WINDOW_S if metered else 0.0
+        self.seconds = estimate(self.groups, self._engines, model.checkpoint.nbytes, self._window_s)
         key = {
             "model": model.name,
             "engines": [engine.name for engine in engines],
@@ -193,14 +196,19 @@ class Session:
         """Estimate of every cell that is not there yet, by key."""
         size = self._model.checkpoint.nbytes
         return {
-            key: workload_seconds(group, w, self._engines, size)
+            key: workload_seconds(group, w, self._engines, size, self._window_s)
             for group in self.groups
             for w in group.workloads
             if (key := f"{group.key}/{w.name}") not in self.record.cells
         }
 
     def run(
-        self, say: Say, tick: Callable[[str], None] = lambda key: None, judged: bool = True, probe: Any = None
+        self,
+        say: Say,
+        tick: Callable[[str], None] = lambda key: None,
+        judged: bool = True,
+        probe: Any = None,
+        meter: Meter | None = None,
     ) -> None:
         """Measure what is missing; KeyboardInterrupt leaves a record that can be resumed."""
         data = self.record.data
@@ -214,31 +222,35 @@ class Session:
             _add(data.warnings, f"No core-to-core latency and no arithmetic peak: {probe.error}.")
         data.files.update(self._model.hashes())
         data.versions = {"finial": finial.__version__, "python": platform.python_version(), "numpy": numpy.__version__}
-        idle = _idle(probe)
-        if idle:
-            data.idle_w["empty"] = idle
         total = data.machine["memory"]["total_bytes"]
         limit = None if total is None else int(MEMORY_SHARE * total)
-        runner = Runner(self.record, self._places, self._engines, probe, say, self._seed, limit, tick)
         threads = max(group.threads for group in self.groups)
-        with Judge(self._places, threads, self._text, self._reference) as judge:
-            for group in self.groups:
-                runner.group(group, judge if judged else None)
+        with closing(open_meter() if meter is None else meter) as meter:
+            start = meter.read()
+            data.energy = "" if start.joules else meter.used(start, meter.read()).reason
+            empty = idle_watts(meter, IDLE_S) if start.joules else {}
+            data.idle_w.update({"empty": empty} if empty else {})
+            runner = Runner(
+                self.record,
+                self._places,
+                self._engines,
+                probe,
+                say,
+                self._seed,
+                limit,
+                tick,
+                meter=meter,
+                window_s=WINDOW_S,
+                idle_s=IDLE_S,
+            )
+            with Judge(self._places, threads, self._text, self._reference) as judge:
+                for group in self.groups:
+                    runner.group(group, judge if judged else None)
         after = read_state()
         data.states = _plain({"before": before.to_dict(), "after": after.to_dict()})
         for warning in warnings(before, after):
             _add(data.warnings, warning[0].upper() + warning[1:] + ".")
         self.record.save()
-
-
-def _idle(probe: Any) -> dict[str, float]:
-    """Watts of every counter while nothing runs."""
-    start, at = probe.energy(), time.perf_counter()
-    if not start:
-        return {}
-    time.sleep(IDLE_S)
-    end, seconds = probe.energy(), time.perf_counter() - at
-    return {name: (end[name] - joules) / seconds for name, joules in start.items() if name in end}
 
 
 def _add(warnings: list[str], text: str) -> None:

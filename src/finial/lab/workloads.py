@@ -71,6 +71,11 @@ class Workload:
         return max(self.prompt_lengths) + self.new
 
     @property
+    def worked(self) -> int:
+        """Tokens that one run yields: those of the prompts where they are what is measured, else the generated ones."""
+        return sum(self.prompt_lengths) if self.kind == "prompt" else self.sequences * self.new
+
+    @property
     def unit(self) -> str:
         """Of its number."""
         return {"first": "decode steps", "load": "s", "memory": "GB"}.get(self.kind, "tok/s")

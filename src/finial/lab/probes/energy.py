@@ -47,6 +47,19 @@ class Energy:
     counters: str
     reason: str = ""
 
+    @staticmethod
+    def of(seconds: float, gross_j: Mapping[str, float]) -> Energy:
+        """Of what each counter moved on; a window shorter than a counter's step can say gives no total."""
+        chosen = whole(sorted(gross_j))
+        short = seconds < SHORTEST_S
+        return Energy(
+            seconds,
+            dict(sorted(gross_j.items())),
+            None if short else sum(gross_j[name] for name in chosen),
+            " + ".join(chosen),
+            f"a window of {seconds:.2f} s is shorter than {SHORTEST_S:.0f} s" if short else "",
+        )
+
     @property
     def watts(self) -> float | None:
         """Mean power of the window."""
@@ -66,6 +79,7 @@ class Cost:
     Attributes:
         net_empty_j: beyond the machine with nothing loaded: what running the model costs, its memory held included.
         net_loaded_j: beyond the machine with the model loaded and waiting: what the tokens themselves cost.
+        watts: mean power of the window.
     """
 
     gross_j: float | None
@@ -73,6 +87,12 @@ class Cost:
     net_loaded_j: float | None
     counters: str
     reason: str
+    watts: float | None = None
+
+    @property
+    def tokens_per_j(self) -> float | None:
+        """Of the gross energy."""
+        return 1 / self.gross_j if self.gross_j else None
 
 
 def cost(window: Energy, tokens: int, empty: Energy | None = None, loaded: Energy | None = None) -> Cost:
@@ -88,6 +108,7 @@ def cost(window: Energy, tokens: int, empty: Energy | None = None, loaded: Energ
         net_loaded_j=None if loaded is None else each(window.net_j(loaded)),
         counters=window.counters,
         reason=window.reason,
+        watts=window.watts,
     )
 
 
@@ -99,6 +120,9 @@ class Meter(Protocol):
 
     def used(self, before: Reading, after: Reading) -> Energy:
         """What lies between two readings."""
+
+    def close(self) -> None:
+        """No more readings."""
 
 
 def idle(meter: Meter, seconds: float, sleep: Callable[[float], None]) -> Energy:
@@ -140,15 +164,10 @@ class CounterMeter:
         if not gross:
             reason = "; ".join(f"{counter.name}: {counter.reason}" for counter in found if counter.reason)
             return Energy(seconds, {}, None, "", reason or "a counter ran backwards")
-        chosen = whole(sorted(gross))
-        too_short = seconds < SHORTEST_S
-        return Energy(
-            seconds,
-            dict(sorted(gross.items())),
-            None if too_short else sum(gross[name] for name in chosen),
-            " + ".join(chosen),
-            f"a window of {seconds:.2f} s is shorter than {SHORTEST_S:.0f} s" if too_short else "",
-        )
+        return Energy.of(seconds, gross)
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def whole(names: Sequence[str]) -> list[str]:
@@ -181,6 +200,9 @@ class NoMeter:
         """Unavailable."""
         return Energy(after.at - before.at, {}, None, "", self._reason)
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 class AppleMeter:
     """Adds up the samples of Apple's powermetrics, which root alone may run; what they count is Apple's own estimate.
@@ -209,10 +231,7 @@ class AppleMeter:
         seconds = after.at - before.at
         if self.NAME not in before.joules or self.NAME not in after.joules:
             return Energy(seconds, {}, None, "", "powermetrics gave no sample")
-        joules = after.joules[self.NAME] - before.joules[self.NAME]
-        short = seconds < SHORTEST_S
-        reason = f"a window of {seconds:.2f} s is shorter than {SHORTEST_S:.0f} s" if short else ""
-        return Energy(seconds, {self.NAME: joules}, None if short else joules, self.NAME, reason)
+        return Energy.of(seconds, {self.NAME: after.joules[self.NAME] - before.joules[self.NAME]})
 
     def close(self) -> None:
         """End powermetrics."""
@@ -275,6 +294,9 @@ class FakeMeter:
         """The difference."""
         joules = after.joules[self.NAME] - before.joules[self.NAME]
         return Energy(after.at - before.at, {self.NAME: joules}, joules, self.NAME)
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def open_meter(sources: Sources | None = None, clock: Clock | None = None) -> Meter:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from finial.lab.analysis import Energy
+from finial.lab.probes.energy import Cost
 from finial.lab.report.drawing import Chart, Pen, bars, slug
-from finial.lab.report.results import Result, Study, number, percent
+from finial.lab.report.results import Result, Study, joules, number, percent
 
 HEADLINES = 6  # workloads of a family that get bars of their own
 
@@ -66,11 +66,13 @@ def memory(study: Study, pen: Pen) -> Iterator[Chart]:
 
 def energy(study: Study, pen: Pen) -> Iterator[Chart]:
     """Bars of joules per token, a picture for each counter; none where nothing was measured."""
-    for counter in dict.fromkeys(result.energy.counter for result in study.results if result.energy is not None):
+    for counter in dict.fromkeys(result.energy.counters for result in study.results if result.energy is not None):
 
         def spent(result: Result, counter: str = counter) -> tuple[float, float, float] | None:
             found = result.energy
-            return None if found is None or found.counter != counter else (found.gross_j,) * 3
+            if found is None or found.counters != counter or found.gross_j is None:
+                return None
+            return (found.gross_j,) * 3
 
         kinds = ("decode", "generate")
         cells = [
@@ -83,11 +85,14 @@ def energy(study: Study, pen: Pen) -> Iterator[Chart]:
             name=slug("energy", counter),
             heading=f"Energy per token, by {counter}",
             axis="joules per generated token",
-            caption="Gross, from a cumulative counter; after the bar also net of the idle machine's power.",
+            caption="Gross, from a cumulative counter; behind the bar tokens per joule, and joules net of the empty "
+            "machine / of the machine with the engines loaded and waiting.",
             label=lambda result: _joules(result.energy) if result.energy is not None else ("", ""),
             limit=False,
         )
 
 
-def _joules(energy: Energy) -> tuple[str, str]:
-    return number(energy.gross_j), "" if energy.net_j is None else f"net {number(energy.net_j)}"
+def _joules(energy: Cost) -> tuple[str, str]:
+    per = "" if energy.tokens_per_j is None else f"{number(energy.tokens_per_j)} tok/J"
+    known = energy.net_empty_j is not None or energy.net_loaded_j is not None
+    return per, f"net {joules(energy.net_empty_j)} / {joules(energy.net_loaded_j)}" if known else ""

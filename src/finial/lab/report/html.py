@@ -14,11 +14,11 @@ from statistics import median
 from typing import Any
 
 from finial import __version__
-from finial.lab.analysis import DISTURBED, disturbances, machine_line, precision_labels, readings
+from finial.lab.analysis import DISTURBED, disturbances, energy_line, machine_line, precision_labels, readings
 from finial.lab.answer import answer
 from finial.lab.record import Data, Verdict
 from finial.lab.report.charts import pictures
-from finial.lab.report.results import Result, Study, best, number, ours, percent, ratio, title
+from finial.lab.report.results import Result, Study, best, joules, number, ours, percent, ratio, title
 from finial.lab.report.theme import DARK_SERIES, LIGHT_SERIES, PAGE, inline
 
 
@@ -72,6 +72,7 @@ def _group(index: int, heading: str, cells: Sequence[Sequence[Result]]) -> dict[
         "title": heading,
         "engines": engines,
         "lines": [_line(cell, engines) for cell in cells],
+        "energy": [_energy(result) for result in results if result.energy is not None],
         "verdicts": list(dict.fromkeys(f"{r.engine}: {verdict_words(r.verdict)}" for r in results if r.ok)),
         "failures": list(
             dict.fromkeys(
@@ -100,8 +101,24 @@ def _value(result: Result | None, winner: Result | None) -> dict[str, Any]:
     if result.value is None:
         return {"text": result.row.status, "detail": "", "problem": result.row.reason, "best": False}
     parts = [f"{percent(result.share)} of limit"] if result.share is not None else []
+    parts += [f"{joules(result.energy.gross_j)} J/token"] if result.energy is not None else []
     detail = " · ".join([*parts, f"{number(result.value.low)} – {number(result.value.high)}"])
     return {"text": number(result.middle), "detail": detail, "problem": "", "best": result is winner}
+
+
+def _energy(result: Result) -> dict[str, str]:
+    cost = result.energy
+    assert cost is not None
+    return {
+        "name": result.cell.workload.name,
+        "engine": result.engine,
+        "gross": joules(cost.gross_j),
+        "empty": joules(cost.net_empty_j),
+        "loaded": joules(cost.net_loaded_j),
+        "per": joules(cost.tokens_per_j),
+        "watts": joules(cost.watts),
+        "counters": cost.counters,
+    }
 
 
 def _versus(cell: Sequence[Result]) -> str:
@@ -168,9 +185,7 @@ def _record(label: str, data: Data, many: bool) -> dict[str, Any]:
         speeds = "".join(f"; {kind} {gops / 1000:.2f} T/s" for kind, gops in peaks.items())
         lines.append(f"{threads} thread{'s' * (threads != '1')}: {span}{speeds}")
     lines += [f"{name} ({version}): {'; '.join(kept)}" for (name, version), kept in precision_labels(data).items()]
-    samples = [s for cell in data.cells.values() for row in cell.engines.values() for s in row.samples]
-    counters = sorted({counter for sample in samples for counter in sample.energy_j or ()})
-    lines.append(f"energy: {', '.join(counters) or 'unavailable (no counter)'}")
+    lines.append(energy_line(data))
     return {
         "started": data.started,
         "warnings": list(_warnings(data)),

@@ -15,6 +15,7 @@ from finial.lab.analysis import (
     best_rival,
     disturbances,
     energy,
+    energy_line,
     first_token_s,
     groups,
     growth,
@@ -29,6 +30,7 @@ from finial.lab.analysis import (
     token_times,
 )
 from finial.lab.record import Cell, Data, Reading
+from finial.lab.report.results import joules
 from finial.lab.statistics import median, percentiles, spread
 
 
@@ -78,9 +80,7 @@ def _head(data: Data) -> Iterator[str]:
             )
     for (name, version), precisions in precision_labels(data).items():
         yield f"- {name} ({version}) — {'; '.join(precisions)}"
-    counters = sorted({c for cell in data.cells.values() for r in cell.engines.values() for s in r.samples
-                       for c in s.energy_j or ()})  # fmt: skip
-    yield f"- energy: {', '.join(counters) or 'unavailable (no counter)'}"
+    yield f"- {energy_line(data)}"
 
 
 def _group(data: Data, cells: list[Cell], notes: list[str]) -> Iterator[str]:
@@ -157,12 +157,25 @@ def _growth(cells: list[Cell]) -> Iterator[str]:
 
 
 def _energy(data: Data, cells: list[Cell]) -> Iterator[str]:
-    for cell in cells:
-        for name in measured(cell):
-            found = energy(data, cell, name)
-            if found is not None:
-                net = "" if found.net_j is None else f", {found.net_j:.3g} J net of the idle machine"
-                yield f"- {cell.workload.name}, {name}: {found.gross_j:.3g} J a token{net} ({found.counter})"
+    found = [(cell, name, cost) for cell in cells for name in measured(cell) if (cost := energy(data, cell, name))]
+    if not found:
+        yield "Energy per token and tokens per joule: unavailable."
+        yield ""
+        return
+    heads = (
+        "J per token",
+        "net of the empty machine",
+        "net of it with engines loaded",
+        "tokens per J",
+        "W",
+        "counters",
+    )
+    yield f"| energy | engine | {' | '.join(heads)} |"
+    yield "|---" * 8 + "|"
+    for cell, name, cost in found:
+        figures = (cost.gross_j, cost.net_empty_j, cost.net_loaded_j, cost.tokens_per_j, cost.watts)
+        yield f"| {cell.workload.name} | {name} | {' | '.join(map(joules, figures))} | {cost.counters} |"
+    yield ""
 
 
 def _verdicts(data: Data, model: str, format: str) -> Iterator[str]:
@@ -170,11 +183,12 @@ def _verdicts(data: Data, model: str, format: str) -> Iterator[str]:
     if not verdicts:
         yield "**No verdict: these speeds stand without proof that the output is right.**"
         return
-    yield "| verdict against the float32 reference | positions | KL mean | p99 | max, nats | top-1 | greedy text |"
-    yield "|---|---|---|---|---|---|---|"
+    heads = ("positions", "KL mean", "p99", "max, nats", "top-1", "top-5", "perplexity", "greedy text")
+    yield f"| verdict against the float32 reference | {' | '.join(heads)} |"
+    yield "|---" * 9 + "|"
     for name, verdict in verdicts.items():
         if verdict.error:
-            yield f"| {name} | no verdict: {verdict.error} | | | | | |"
+            yield f"| {name} | no verdict: {verdict.error} | | | | | | | |"
             continue
         parted = verdict.divergence
         greedy = (
@@ -182,10 +196,15 @@ def _verdicts(data: Data, model: str, format: str) -> Iterator[str]:
             if parted is None
             else f"parts after {parted.position} tokens, where its choice is {parted.margin:.1e} nats behind"
         )
-        kl = [f"{x:.1e}" if x is not None else "–" for x in (verdict.kl_mean, verdict.kl_p99, verdict.kl_max)]
-        top1 = "–" if verdict.top1 is None else f"{verdict.top1:.1%}"
+        least = "" if verdict.basis == "logits" else "≥ "  # the rest of the vocabulary is unknown
+        kl = [f"{least}{x:.1e}" if x is not None else "–" for x in (verdict.kl_mean, verdict.kl_p99, verdict.kl_max)]
+        same = ["–" if share is None else f"{share:.1%}" for share in (verdict.top1, verdict.top5)]
+        ppl = "–" if verdict.perplexity is None else f"{verdict.perplexity:.4g}"
+        ppl += "" if verdict.perplexity_error is None else f" ± {verdict.perplexity_error:.2g}"
+        greedy += "" if verdict.repeat_same_text is not False else "; **another one when asked again**"
         flaws = "".join(f"; **{flaw}**" for flaw in verdict.flaws)
-        yield f"| {name} | {verdict.positions or 'tokens only'} | {' | '.join(kl)} | {top1} | {greedy}{flaws} |"
+        seen = f"{verdict.positions}" if verdict.positions else "greedy tokens alone"
+        yield f"| {name} | {seen} | {' | '.join([*kl, *same, ppl])} | {greedy}{flaws} |"
 
 
 def _legend() -> Iterator[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from finial.lab import analysis
-from finial.lab.analysis import Energy
+from finial.lab.probes.energy import Cost
 from finial.lab.record import Cell, Data, Row, Verdict
 from finial.lab.statistics import Interval, Ratio, median_interval
 
@@ -39,7 +39,7 @@ class Result:
     limited_by: str
     share: float | None
     verdict: Verdict | None
-    energy: Energy | None
+    energy: Cost | None
 
     @property
     def ok(self) -> bool:
@@ -166,6 +166,11 @@ def number(value: float) -> str:
         return "0"
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 4
     return f"{value:,.{digits}f}"
+
+
+def joules(value: float | None) -> str:
+    """Three significant digits, however small; "unavailable" where nothing was measured."""
+    return "unavailable" if value is None else f"{value:.3g}"
 
 
 def percent(share: float | None) -> str:
