@@ -252,14 +252,14 @@ def test_closing_or_dropping_a_stream_gives_its_pages_back(llm: LLM) -> None:
 
 
 def interrupt(llm: LLM, monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int) -> None:
-    plain, calls = llm._engine._executable.run, iter(range(1000))
+    plain, calls = llm._executable.run, iter(range(1000))
 
     def run(step: Any) -> Any:
         if next(calls) == after:
             raise error
         return plain(step)
 
-    monkeypatch.setattr(llm._engine._executable, "run", run)
+    monkeypatch.setattr(llm._executable, "run", run)
 
 
 def test_ctrl_c_keeps_what_was_streamed(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

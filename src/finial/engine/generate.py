@@ -1,6 +1,6 @@
 """The one loop: requests in, steps of the executable, pieces out.  A single prompt is a batch of one.
 
-Knows requests, steps, sampling and threads; nothing of files, graphs, or how logits are computed.
+Knows requests and threads; nothing of files, graphs, or what is in a step (`stepping.py`).
 
     engine = Engine(executable, pages=64, page_size=16, vocab_size=1536, max_context=1024)
     handle = engine.submit([1, 2, 3], SamplingParams(max_tokens=8))
@@ -20,37 +20,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from finial.backends import Draw
 from finial.engine.batch import StepBuilder
 from finial.engine.handle import Constraint, Detokenizer, Handle, Pooling
 from finial.engine.kvcache import PagePool
 from finial.engine.pace import Pace
-from finial.engine.sampling import SamplingParams, TokenLogprobs, choose, greedy, log_probabilities, uniform
-from finial.engine.scheduler import Chunk, Scheduler
+from finial.engine.sampling import SamplingParams
+from finial.engine.scheduler import Scheduler
 from finial.engine.scheduler import Sequence as Scheduled
+from finial.engine.stepping import Executable, Stepper
 from finial.errors import RequestError
-from finial.graph import Step
 
 DEFAULT_MAX_TOKENS = 256
 LOGIT_BYTES = 64 << 20  # at most about this much for the logits of one chunk when all of its rows are wanted
-
-
-class Executable(Protocol):
-    """What the engine needs of a compiled graph."""
-
-    def reserve(self, pages: int, page_size: int) -> object:
-        """Allocate the cache."""
-
-    def run(self, step: Step) -> NDArray[np.float32]:
-        """Logits [R, vocab] of the wanted rows.  The step's arrays change after the call."""
-
-    def outputs(self, step: Step) -> list[NDArray[np.float32]]:
-        """Logits, and the hidden states [E, hidden_size] of the pooled rows."""
 
 
 class Engine:
@@ -102,8 +84,6 @@ class Engine:
                 fix="each running sequence needs one row in a step: raise max_step_tokens or lower max_batch",
             )
         self.vocab_size = vocab_size
-        self.steps = 0
-        self._executable = executable
         self._pool = PagePool(pages, page_size, reuse=prefix_reuse and cache, max_idle=prefix_pages)
         self._scheduler = Scheduler(
             self._pool,
@@ -113,11 +93,15 @@ class Engine:
             max_logit_rows=max(1, LOGIT_BYTES // (4 * vocab_size)),
             cache=cache,
         )
-        self._pace = None if stall_s is None else Pace(stall_s, max_step_tokens)
         self._hidden = hidden
-        self._builder = StepBuilder(page_size, pooled=hidden)
+        self._stepper = Stepper(
+            executable,
+            self._scheduler,
+            StepBuilder(page_size, pooled=hidden),
+            None if stall_s is None else Pace(stall_s, max_step_tokens),
+        )
         self._eos_ids = frozenset(eos_ids)
-        self._handles: dict[Scheduled, Handle] = {}  # those not finished, in order of submission
+        self._handles = self._stepper.handles  # those not finished, in order of submission
         self._inbox: deque[Scheduled] = deque()
         self._cancelled: deque[Handle] = deque()
         self._turn = threading.Condition(threading.Lock())  # guards everything above between steps
@@ -126,6 +110,11 @@ class Engine:
         self._shared: Future[bool] | None = None
         self._closed = False
         executable.reserve(pages, page_size)
+
+    @property
+    def steps(self) -> int:
+        """Steps so far."""
+        return self._stepper.steps
 
     @property
     def pages_held(self) -> int:
@@ -283,12 +272,14 @@ class Engine:
                     return True
                 mine = self._stepping = True
                 self._take_in()
-            return self._step()
+            return self._stepper.step()
         except BaseException:
             # Ctrl-C may arrive between any two lines.  Page tables that were being changed are not trusted:
             # all sequences start over from their tokens, which loses time and nothing else.
             if mine:
-                self._restart()
+                with self._turn:
+                    self._inbox.clear()
+                    self._stepper.restart()
             raise
         finally:
             if mine:
@@ -349,7 +340,7 @@ class Engine:
             self._cancelled.extend(self._handles.values())
             self._take_in()
             thread, self._thread = self._thread, None
-            self.__dict__.pop("_executable", None)  # with nothing queued no step will ask for it
+            self._stepper.close()
         if thread is not None:
             thread.shutdown(wait=True)
 
@@ -378,168 +369,3 @@ class Engine:
             if self._handles.pop(handle.sequence, None) is not None:
                 self._scheduler.finish(handle.sequence)
                 handle.end("cancel")
-
-    def _step(self) -> bool:
-        scheduler = self._scheduler
-        plan = scheduler.schedule()
-        if not plan:
-            return False
-        self.steps += 1
-        started = time.perf_counter()
-        try:
-            step = self._builder.build(plan)
-            logits: NDArray[np.float32] | None = None
-            hidden: NDArray[np.float32] | None = None
-            tokens = self._chosen_there(plan, step)
-            if step.pooled is not None and len(step.pooled):
-                logits, hidden = self._executable.outputs(step)
-            elif tokens is None:
-                logits = self._executable.run(step)
-        except Exception as error:
-            for chunk in plan:
-                self._fail(chunk.sequence, error)
-            return True
-        if self._pace is not None:
-            decoding = sum(1 for chunk in plan if chunk.stop - chunk.start == 1)
-            total = sum(chunk.stop - chunk.start for chunk in plan)
-            self._pace.note(decoding, total - decoding, time.perf_counter() - started)
-            scheduler.prompt_rows = self._pace.rows
-        scheduler.advance(plan)
-        if logits is None:
-            assert tokens is not None
-            for sequence, token in zip((c.sequence for c in plan if c.wanted != c.stop), tokens.tolist(), strict=True):
-                try:
-                    self._emit(sequence, token, None)
-                except Exception as error:
-                    self._fail(sequence, error)
-            return True
-        row = 0
-        for sequence, _, stop, wanted in plan:
-            if wanted != stop:
-                rows = logits[row : row + stop - wanted]
-                row += stop - wanted
-                try:
-                    self._consume(sequence, rows, wanted)
-                except Exception as error:
-                    self._fail(sequence, error)
-        assert row == len(logits), (row, logits.shape)
-        if hidden is not None:
-            self._pool_rows(plan, hidden)
-        return True
-
-    def _pool_rows(self, plan: list[Chunk], hidden: NDArray[np.float32]) -> None:
-        row = 0
-        for sequence, start, stop, _ in plan:
-            if sequence.pool_from is None or stop <= sequence.pool_from:
-                continue
-            rows = hidden[row : row + stop - max(start, sequence.pool_from)]
-            row += len(rows)
-            handle, last = self._handles[sequence], stop == sequence.prompt_length
-            handle.pool(rows, start <= sequence.pool_from, last)
-            if last:
-                handle.end("length")
-                self._remove(handle)
-        assert row == len(hidden), (row, hidden.shape)
-
-    def _chosen_there(self, plan: Sequence[Chunk], step: Step) -> NDArray[np.int32] | None:
-        """The next tokens of a step, chosen where the executable has the logits.
-
-        None, with nothing done that running the step does not do again, when the host must see logits: some are asked
-        for, a choice depends on more than its own row, a row is not finite, or the executable chooses nothing.
-        """
-        sample: Callable[[Step, Sequence[Draw]], NDArray[np.int32] | None] | None
-        sample = getattr(self._executable, "sample", None)
-        if sample is None or (step.pooled is not None and len(step.pooled)):
-            return None
-        draws = []
-        for sequence, _, stop, wanted in plan:
-            if wanted == stop:
-                continue
-            handle, params = self._handles[sequence], self._handles[sequence].params
-            logits = stop - wanted != 1 or sequence.all_logits or params.logprobs is not None
-            if (
-                logits
-                or sequence.max_new == 0
-                or params.penalised
-                or params.logit_bias
-                or handle.constraint is not None
-            ):
-                return None
-            number = uniform(handle.seed, handle.sample, len(sequence.tokens)) if params.temperature else 0.0
-            draws.append(Draw(params.temperature, params.top_k, params.top_p, params.min_p, number))
-        tokens = sample(step, draws)
-        return None if tokens is None or (tokens < 0).any() else tokens
-
-    def _consume(self, sequence: Scheduled, logits: NDArray[np.float32], first: int) -> None:
-        """Logits [rows, V] of positions first, first + 1, …: prompt log-probabilities, then the next token."""
-        handle = self._handles[sequence]
-        params = handle.params
-        if sequence.all_logits and first < sequence.prompt_length:
-            self._consume_prompt(handle, logits, first)
-            if first + len(logits) < sequence.prompt_length:
-                return
-        if sequence.max_new == 0:
-            handle.end("length")
-            self._remove(handle)
-            return
-        row = logits[-1]
-        if handle.plain_greedy:
-            token = greedy(row)
-        else:
-            draw = uniform(handle.seed, handle.sample, len(sequence.tokens)) if params.temperature else 0.0
-            allowed = None if handle.constraint is None else handle.constraint.allowed()
-            token = choose(row, params, draw, handle.history, allowed)
-        self._emit(sequence, token, None if params.logprobs is None else log_probabilities(row, token, params.logprobs))
-
-    def _emit(self, sequence: Scheduled, token: int, logprobs: TokenLogprobs | None) -> None:
-        handle = self._handles[sequence]
-        complete = handle.constraint is not None and handle.constraint.advance(token)
-        if handle.emit(token, logprobs, time.perf_counter(), complete):
-            self._remove(handle)
-            return
-        if handle.history is not None:
-            handle.history.add(token)
-        self._scheduler.append(sequence, token)
-
-    def _consume_prompt(self, handle: Handle, logits: NDArray[np.float32], first: int) -> None:
-        sequence, top = handle.sequence, handle.params.prompt_logprobs
-        if handle.keep_logits:
-            handle.prompt_logits.append(logits.copy())
-        if top is not None:
-            for row, position in zip(logits, range(first, sequence.prompt_length - 1), strict=False):
-                handle.prompt_logprobs.append(log_probabilities(row, sequence.tokens[position + 1], top))
-        sequence.wanted_from = first + len(logits)
-
-    def _remove(self, handle: Handle, *, forget: bool = False) -> None:
-        self._scheduler.finish(handle.sequence, forget=forget)
-        self._handles.pop(handle.sequence, None)
-
-    def _fail(self, sequence: Scheduled, error: Exception) -> None:
-        """End one sequence with an error.  What it wrote to the cache is not shared: it may be half-written, or NaN."""
-        handle = self._handles[sequence]
-        self._remove(handle, forget=True)
-        handle.end("error", error)
-
-    def _restart(self) -> None:
-        with self._turn:
-            self._inbox.clear()
-            for handle in list(self._handles.values()):
-                sequence = handle.sequence
-                if handle.finished:
-                    del self._handles[sequence]
-                    continue
-                prompt = sequence.prompt_length
-                if sequence.tokens[prompt:] != handle.tokens:
-                    sequence.tokens[prompt:] = handle.tokens
-                sequence.wanted_from = len(sequence.tokens) - 1
-                if sequence.all_logits and not handle.tokens:
-                    sequence.wanted_from = 0
-                    handle.prompt_logits.clear()
-                    handle.prompt_logprobs.clear()
-                if handle.history is not None:
-                    handle.history = type(handle.history)(sequence.tokens[:prompt])
-                    for token in handle.tokens:
-                        handle.history.add(token)
-                if handle.constraint is not None:
-                    handle.constraint.restart(handle.tokens)
-            self._scheduler.restart(self._handles)
