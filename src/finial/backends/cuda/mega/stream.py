@@ -1,0 +1,157 @@
+"""Weights in the order in which blocks read them: for each block one stream of bytes, a whole step long.
+
+A stream is the units of the block's entries one after another, group by group and along k; a unit is 8 rows of 32
+weights.  bf16: 512 bytes, row by row.  fp8 (e4m3): 256 bytes, row by row; a row's scale is one of the vectors.  q8_0:
+the 8 rows of 32 int8 + 128, then their 8 f16 scales, 272 bytes.  Rows and weights beyond a matrix are zeros.
+
+Knows the table and finial's formats; nothing of devices.  A piece at a time: nothing is held but one entry's weights.
+
+    packer = Packer(plan, recognised, weights)
+    for offset, data in packer.pieces(): ...
+    packer.vectors()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finial.backends.cuda.mega import table
+from finial.backends.cuda.mega.shape import Recognised
+from finial.backends.cuda.mega.table import (
+    COUNT,
+    DOWN,
+    FIRST,
+    GATE_UP,
+    HEAD,
+    KIND,
+    LAYER,
+    OUTPUT,
+    QKV,
+    ROWS,
+    UNIT_K,
+    Plan,
+)
+from finial.backends.cuda.weights import pack_matrix
+from finial.formats import Tensor
+
+Bytes = NDArray[np.uint8]
+
+
+def matrices(recognised: Recognised, kind: int, layer: int) -> tuple[str, ...]:
+    """The names of a product's matrices, as `table.row_order` counts them."""
+    names = recognised.layers[layer]
+    return {
+        QKV: names.qkv,
+        OUTPUT: (names.output,),
+        GATE_UP: (names.gate, names.up),
+        DOWN: (names.down,),
+        HEAD: (recognised.head,),
+    }[kind]
+
+
+class Packer:
+    """See the module.
+
+    Args:
+        weights: by name; fp8 is made here, the other formats must be the shape's.
+    """
+
+    def __init__(self, plan: Plan, recognised: Recognised, weights: Mapping[str, Tensor]) -> None:
+        self._plan, self._recognised, self._weights = plan, recognised, weights
+        self._shape = plan.shape
+        self._offsets, self._stride, self._after, total = table.vectors(plan.shape)
+        self._vectors = np.zeros(total, np.float32)
+        self._orders = {kind: table.row_order(plan.shape, kind) for kind in table.PRODUCTS}
+
+    def pieces(self) -> Iterator[tuple[int, Bytes]]:
+        """(where, from the first block's stream; bytes), matrix by matrix."""
+        entries, units = self._plan.table, self._plan.units()
+        starts = np.cumsum(units, axis=1) - units
+        base = self._plan.offsets().astype(np.int64)
+        block, at = np.nonzero(units)
+        order = np.lexsort((entries[block, at, FIRST], entries[block, at, KIND], entries[block, at, LAYER]))
+        tensors: list[Tensor] = []
+        now = (-1, -1)
+        for b, a in zip(block[order].tolist(), at[order].tolist(), strict=True):
+            entry = entries[b, a]
+            kind, layer = int(entry[KIND]), int(entry[LAYER])
+            if (kind, layer) != now:
+                now, tensors = (kind, layer), [self._weights[n] for n in matrices(self._recognised, kind, layer)]
+            where = int(base[b]) + int(starts[b, a]) * table.UNIT_BYTES[self._shape.format]
+            yield where, self._entry(kind, layer, tensors, int(entry[FIRST]), int(entry[COUNT]))
+
+    def vectors(self) -> NDArray[np.float32]:
+        """What `table.vectors` lays out; scales of fp8 rows are there once all pieces were taken."""
+        for layer, names in enumerate(self._recognised.layers):
+            self._put("attn_norm", layer, self._floats(names.attn_norm))
+            self._put("mlp_norm", layer, self._floats(names.mlp_norm))
+            if self._shape.normed:
+                self._put("q_norm", layer, self._floats(names.head_norms[0]))
+                self._put("k_norm", layer, self._floats(names.head_norms[1]))
+            if self._shape.bias:
+                bias, order = np.zeros(len(self._orders[QKV]), np.float32), self._orders[QKV]
+                for which, name in enumerate(names.biases):
+                    if name:
+                        mine = order[:, 0] == which
+                        bias[mine] = self._floats(name)[order[mine, 1]]
+                self._put("qkv_bias", layer, bias)
+        final = self._floats(self._recognised.final_norm)
+        self._vectors[self._after["final_norm"] :][: len(final)] = final
+        return self._vectors
+
+    def _floats(self, name: str) -> NDArray[np.float32]:
+        return self._weights[name].decode().reshape(-1)
+
+    def _put(self, name: str, layer: int, values: NDArray[np.float32], first: int = 0) -> None:
+        at = layer * self._stride + self._offsets[name] + first
+        self._vectors[at : at + len(values)] = values
+
+    def _entry(self, kind: int, layer: int, tensors: list[Tensor], first: int, count: int) -> Bytes:
+        """The units of these groups."""
+        order = self._orders[kind][first * ROWS : (first + count) * ROWS]
+        k_units, format = table.k_units(self._shape, kind), self._shape.format
+        rows = _rows(tensors, order)
+        if format == "fp8":
+            k = tensors[0].shape[1]
+            part = Tensor(tensors[0].format, (len(order), k), np.ascontiguousarray(rows).reshape(-1))
+            data, scales = pack_matrix([part], "fp8", interleave=False)
+            names = {QKV: "qkv_scales", OUTPUT: "o_scales", GATE_UP: "gate_up_scales", DOWN: "down_scales"}
+            if kind == HEAD:
+                self._vectors[self._after["head_scales"] + first * ROWS :][: len(order)] = scales[:, 0]
+            else:
+                self._put(names[kind], layer, scales[:, 0], first * ROWS)
+            return _units(data[:, :k], count, k_units, UNIT_K).reshape(-1)
+        assert tensors[0].format == format, (tensors[0].format, format)
+        if format == "bf16":
+            return _units(rows, count, k_units, 2 * UNIT_K).reshape(-1)
+        raw = _units(rows, count, k_units, 2 + UNIT_K)  # an f16, then 32 int8
+        out = np.empty((count, k_units, table.UNIT_BYTES["q8_0"]), np.uint8)
+        out[:, :, : ROWS * UNIT_K] = (raw[:, :, :, 2:] ^ np.uint8(128)).reshape(count, k_units, -1)
+        out[:, :, ROWS * UNIT_K :] = raw[:, :, :, :2].reshape(count, k_units, -1)
+        return out.reshape(-1)
+
+
+def _rows(tensors: list[Tensor], order: NDArray[np.int64]) -> Bytes:
+    """Rows as they are stored, [rows, bytes]; a view where they are neighbours."""
+    stored = [tensor.data.reshape(tensor.shape[0], -1) for tensor in tensors]
+    which, row = order[:, 0], order[:, 1]
+    if (which == which[0]).all() and (np.diff(row) == 1).all():
+        together: Bytes = stored[which[0]][row[0] : row[-1] + 1]
+        return together
+    out = np.empty((len(order), stored[0].shape[1]), np.uint8)
+    for number, matrix in enumerate(stored):
+        mine = which == number
+        out[mine] = matrix[row[mine]]
+    return out
+
+
+def _units(rows: Bytes, count: int, k_units: int, width: int) -> Bytes:
+    """[rows, bytes] as units of 8 rows of `width` bytes, [count, k_units, 8, width]; zeros where there is nothing."""
+    if rows.shape != (count * ROWS, k_units * width):
+        padded = np.zeros((count * ROWS, k_units * width), np.uint8)
+        padded[: len(rows), : rows.shape[1]] = rows
+        rows = padded
+    return np.ascontiguousarray(rows.reshape(count, ROWS, k_units, width).transpose(0, 2, 1, 3))

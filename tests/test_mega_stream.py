@@ -1,0 +1,148 @@
+"""The megakernel's streams: every matrix can be taken out of them again, bit by bit, and they hold nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finial.backends.cuda.mega import table
+from finial.backends.cuda.mega.shape import Recognised
+from finial.backends.cuda.mega.stream import Packer, matrices
+from finial.backends.cuda.mega.table import COUNT, FIRST, KIND, LAYER, ROWS, Plan, make_plan
+from finial.backends.cuda.weights import fp8_decoded
+from finial.config import ModelConfig
+from finial.formats import Tensor
+from finial.models.decoder import build_graph
+from test_mega_table import BASE, recognised
+
+
+def made(config: ModelConfig, format: str, blocks: int) -> tuple[Plan, Recognised, dict[str, Tensor]]:
+    graph, random = build_graph(config), np.random.default_rng(3)
+    weights = {}
+    for value in graph.of_kind("weight"):
+        shape = tuple(int(dim) for dim in value.shape)
+        tensor = Tensor.from_array(random.standard_normal(shape).astype(np.float32))
+        weights[value.name] = tensor.to("bf16" if format == "fp8" else format) if len(shape) == 2 else tensor
+    found = recognised(graph, {name: t.format for name, t in weights.items()})
+    found = replace(found, shape=replace(found.shape, format=format))
+    return make_plan(found.shape, rows=2, multiprocessors=blocks, shared=227 << 10, warps=2), found, weights
+
+
+def groups_in(plan: Plan, stream: np.ndarray, kind: int, layer: int) -> np.ndarray:
+    """What the blocks find of a product in their streams: units [groups, k units, bytes]."""
+    units, k_units = plan.units(), table.k_units(plan.shape, kind)
+    out = np.zeros((table.groups_of(plan.shape, kind), k_units, table.UNIT_BYTES[plan.shape.format]), np.uint8)
+    found = np.zeros(len(out), int)
+    for block, base in enumerate(plan.offsets()[:-1].tolist()):
+        at = base
+        for entry, count in zip(plan.table[block], units[block].tolist(), strict=True):
+            nbytes = count * out.shape[2]
+            if entry[KIND] == kind and entry[LAYER] == layer:
+                mine = slice(entry[FIRST], entry[FIRST] + entry[COUNT])
+                out[mine] = stream[at : at + nbytes].reshape(-1, k_units, out.shape[2])
+                found[mine] += 1
+            at += nbytes
+    assert (found == 1).all()
+    return out
+
+
+@pytest.mark.parametrize("blocks", [3, 6, 20])
+@pytest.mark.parametrize("format", ["bf16", "q8_0", "fp8"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"biases": ("q", "v"), "head_norm": True},
+        {"vocab_size": 157, "num_heads": 6, "num_kv_heads": 3, "hidden_size": 96, "intermediate_size": 64},
+        {"hidden_size": 52, "intermediate_size": 37, "head_dim": 24, "tie_embeddings": True},
+    ],
+)
+def test_streams_hold_the_matrices(fields: dict[str, Any], format: str, blocks: int) -> None:
+    config = replace(BASE, **fields)
+    if format == "q8_0" and (config.hidden_size % 32 or config.intermediate_size % 32):
+        config = replace(config, hidden_size=64, intermediate_size=32, head_dim=24, num_heads=4, num_kv_heads=2)
+    plan, names, weights = made(config, format, blocks)
+    stream = np.full(int(plan.offsets()[-1]), 0xEE, np.uint8)
+    written = np.zeros(len(stream), bool)
+    packer = Packer(plan, names, weights)
+    for offset, data in packer.pieces():
+        assert not written[offset : offset + len(data)].any()
+        stream[offset : offset + len(data)] = data
+        written[offset : offset + len(data)] = True
+    assert written.sum() == plan.stream_bytes().sum()
+    vectors = packer.vectors()
+    layer_offsets, stride, after, total = table.vectors(plan.shape)
+    assert len(vectors) == total
+    scale_names = {0: "qkv_scales", 2: "o_scales", 3: "gate_up_scales", 4: "down_scales"}
+    true_bytes = 0.0
+    for kind in table.PRODUCTS:
+        order, (rows, k) = table.row_order(plan.shape, kind), table.product_size(plan.shape, kind)
+        for layer in range(config.num_layers if kind != table.HEAD else 1):
+            tensors = [weights[name] for name in matrices(names, kind, layer)]
+            values = [tensor.decode() for tensor in tensors]
+            expected = np.stack([values[which][row] for which, row in order.tolist()])
+            units = groups_in(plan, stream, kind, layer)
+            true_bytes += rows * k * {"bf16": 2, "fp8": 1, "q8_0": 34 / 32}[format]
+            if format == "fp8":
+                at = after["head_scales"] if kind == table.HEAD else layer * stride + layer_offsets[scale_names[kind]]
+                got = read(units, format, vectors[at:])
+                # e4m3 has 3 bits of mantissa, and steps of 2^-9 of the scaled row below 2^-6.
+                largest = np.abs(expected).max(axis=1, keepdims=True)
+                assert (np.abs(got[:rows, :k] - expected) <= np.maximum(np.abs(expected) / 16, largest / 2**17)).all()
+                expected = got[:rows, :k]
+            else:
+                got = read(units, format, vectors)
+            np.testing.assert_array_equal(got[:rows, :k], expected)
+            assert not got[rows:].any() and not got[:, k:].any()
+    padding = plan.stream_bytes().sum() - true_bytes
+    assert padding >= 0 and (padding == 0 or fields.keys() & {"vocab_size", "hidden_size"})
+
+
+def read(units: np.ndarray, format: str, scales: np.ndarray) -> np.ndarray:
+    """The values of units [groups, k units, bytes], float32 [groups · 8, k]; scales of rows for fp8."""
+    if format == "bf16":
+        return (by_row(units, 64).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if format == "fp8":
+        data = by_row(units, 32)
+        return fp8_decoded(data, scales[: len(data)].reshape(-1, 1), data.shape[1])
+    numbers = by_row(units[:, :, :256], 32).astype(np.float32) - 128
+    blocks = by_row(units[:, :, 256:], 2).view(np.float16).astype(np.float32)
+    return numbers * np.repeat(blocks, 32, axis=1)
+
+
+def by_row(units: np.ndarray, width: int) -> np.ndarray:
+    """[groups, k units, 8 rows of `width` bytes] as the matrix [groups · 8, bytes of a row]."""
+    groups, k_units, _ = units.shape
+    rows = units.reshape(groups, k_units, ROWS, width).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(rows).reshape(groups * ROWS, k_units * width)
+
+
+def test_vectors_hold_norms_and_biases() -> None:
+    config = replace(BASE, biases=("q", "v"), head_norm=True)
+    plan, names, weights = made(config, "bf16", 4)
+    packer = Packer(plan, names, weights)
+    vectors = packer.vectors()
+    offsets, stride, after, _ = table.vectors(plan.shape)
+    for layer, own in enumerate(names.layers):
+        for part, name in zip(
+            ("attn_norm", "mlp_norm", "q_norm", "k_norm"), (own.attn_norm, own.mlp_norm, *own.head_norms), strict=True
+        ):
+            values = weights[name].decode()
+            np.testing.assert_array_equal(vectors[layer * stride + offsets[part] :][: len(values)], values)
+        bias = vectors[layer * stride + offsets["qkv_bias"] :][: plan.shape.qkv_rows].reshape(2, 4, 16)
+        np.testing.assert_array_equal(bias[:, :2].reshape(-1), weights[own.biases[0]].decode())
+        np.testing.assert_array_equal(bias[:, 3].reshape(-1), weights[own.biases[2]].decode())
+        assert not bias[:, 2].any()
+    final = weights["model.norm.weight"].decode()
+    np.testing.assert_array_equal(vectors[after["final_norm"] :][: len(final)], final)
+
+
+def test_all_plans_of_a_device_share_their_streams() -> None:
+    """Whatever the number of rows and whether tokens are drawn: the same rows in the same blocks."""
+    plan, names, weights = made(BASE, "bf16", 5)
+    expected = [(at, data.tobytes()) for at, data in Packer(plan, names, weights).pieces()]
+    for rows, sampled in ((1, False), (1, True), (8, True)):
+        other = make_plan(plan.shape, rows=rows, multiprocessors=5, shared=99 << 10, sampled=sampled)
+        assert [(at, data.tobytes()) for at, data in Packer(other, names, weights).pieces()] == expected
