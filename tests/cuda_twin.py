@@ -96,7 +96,8 @@ class TwinDevice:
     ) -> None:
         """`gather`: kernels are put there and nothing runs: `preload` compiles those of many programs at once."""
         self.name, self.capability, self.multiprocessors = "twin", capability, multiprocessors
-        self.launched: list[Launch] = []
+        self.launched: list[Launch] = []  # by the last replay
+        self.templates: set[str] = set()  # by all of them
         self._seed, self._gather = seed, gather
         self.arena = (_map(arena), arena)
         self._sizes: dict[int, int] = {}
@@ -163,6 +164,7 @@ class TwinDevice:
     def replay(self, recording: list[Launch]) -> None:
         self._queue.extend(recording)
         self.launched = recording
+        self.templates |= {launch.kernel.template for launch in recording}
 
     def synchronize(self) -> None:
         while self._queue:

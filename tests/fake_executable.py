@@ -5,9 +5,13 @@ A wrong page, slot, position or length gives other logits, and a step that break
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+
 import numpy as np
 
+from finial.backends import ENDED, NOT_FINITE, Ahead
 from finial.engine.generate import Engine
+from finial.engine.sampling import SamplingParams, choose
 from finial.graph import Step
 
 
@@ -88,3 +92,87 @@ def new_engine(executable: FakeExecutable | None = None, **options: object) -> E
     executable = executable or FakeExecutable()
     settings: dict = {"pages": 64, "page_size": 4, "max_context": 128, "max_batch": 4, "max_step_tokens": 16}
     return Engine(executable, vocab_size=executable.vocab_size, **{**settings, **options})
+
+
+class FakeRunner(FakeExecutable):
+    """Takes decode steps by itself, several ahead of whoever takes their tokens, as `RunsAhead` says.
+
+    Args:
+        under_way: steps that it is ahead, and that it does in vain when a run is left.
+        whim: decides by its numbers when it refuses a run, or leaves the rest of one to another.
+    """
+
+    runs_ahead = True
+
+    def __init__(self, vocab_size: int = 50, under_way: int = 3, whim: np.random.Generator | None = None) -> None:
+        super().__init__(vocab_size)
+        self.under_way, self.whim = under_way, whim
+        self.runs: list[int] = []  # steps that each run yielded
+        self.open = False
+
+    def run(self, step: Step) -> np.ndarray:
+        assert not self.open, "a step beside a run that goes on"
+        return super().run(step)
+
+    def ahead(self, step: Step, ahead: Ahead) -> Generator[np.ndarray, None, None] | None:
+        assert not self.open
+        rows, size = len(step.tokens), self.page_size
+        assert len(step.starts) == rows + 1 and step.wanted.tolist() == list(range(rows))
+        assert ahead.uniforms.shape[1] == len(ahead.draws) == len(ahead.stop_ids) == len(ahead.limits) == rows
+        assert (ahead.limits >= 1).all() and (ahead.limits <= len(ahead.uniforms)).all()
+        assert ((step.pages >= 0).sum(axis=1) >= -(-(step.positions + ahead.limits) // size)).all()
+        if self.whim is not None and self.whim.random() < 0.1:
+            return None
+        step = Step(*(np.array(array) for array in list(vars(step).values())[:7]))
+        left, known = ahead.limits.tolist(), []
+
+        def one(number: int) -> None:
+            live = [row for row in range(rows) if left[row] > 0]
+            found = np.full(rows, ENDED, np.int32)
+            if live:
+                position = step.positions[live] + number
+                slots = step.pages[live, position // size] * size + position % size
+                one = Step(
+                    step.tokens[live], position, np.arange(len(live) + 1, dtype=np.int32), position + 1,
+                    np.ascontiguousarray(step.pages[live]), slots, np.arange(len(live), dtype=np.int32),
+                )  # fmt: skip
+                for row, logits in zip(live, FakeExecutable.run(self, one), strict=True):
+                    draw = ahead.draws[row]
+                    params = SamplingParams(
+                        temperature=draw.temperature, top_k=draw.top_k, top_p=draw.top_p, min_p=draw.min_p
+                    )
+                    finite = np.isfinite(logits.max())
+                    token = choose(logits, params, float(ahead.uniforms[number, row])) if finite else NOT_FINITE
+                    found[row] = step.tokens[row] = token
+                    left[row] = 0 if token < 0 or token in ahead.stop_ids[row] else left[row] - 1
+            known.append(found)
+
+        def more() -> None:
+            if len(known) < len(ahead.uniforms):
+                one(len(known))
+
+        for _ in range(min(1 + self.under_way, len(ahead.uniforms))):
+            one(len(known))
+        self.open = True
+        self.runs.append(0)
+        return FakeRun(self, known, more)  # type: ignore[return-value]
+
+
+class FakeRun:
+    """What a run yields; `close` may come before the first token."""
+
+    def __init__(self, executable: FakeRunner, known: list[np.ndarray], more: Callable[[], None]) -> None:
+        self._executable, self._known, self._more, self._at = executable, known, more, 0
+
+    def __next__(self) -> np.ndarray:
+        whim = self._executable.whim
+        if self._at == len(self._known) or (self._known[self._at] == ENDED).all() or (whim and whim.random() < 0.1):
+            self.close()
+            raise StopIteration
+        self._more()
+        self._at += 1
+        self._executable.runs[-1] += 1
+        return self._known[self._at - 1]
+
+    def close(self) -> None:
+        self._executable.open = False

@@ -73,8 +73,8 @@ KERNELS: dict[str, tuple[Kernel, int]] = {
     "gemm bf16, 128 rows": (gemm("bf16", 128), 168),
     "gemm q4_0, 16 rows, split": (gemm("q4_0", 16, split=2), 128),
     "gemm f16, 64 rows": (gemm("f16", 64), 168),
-    "sample": (kernels.sample(), 64),
-    "sample ahead": (kernels.sample_ahead(32, 256, 64), 64),
+    "sample": (kernels.sample(151936), 64),
+    "sample ahead": (kernels.sample_ahead(151936, 32, 256, 64), 64),
     "flash bf16": (flash("bf16"), 224),
     "flash q8_0": (flash("q8_0"), 224),
 }

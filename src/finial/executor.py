@@ -102,15 +102,20 @@ class Executable:
         tokens: np.ndarray | None = choose(step.feeds(), self._states[0], draws)
         return tokens
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether `ahead` is worth asking."""
+        return len(self._programs) == 1 and hasattr(self._programs[0], "ahead")
+
     def ahead(self, step: Step, ahead: Ahead) -> Generator[np.ndarray, None, None] | None:
         """A run of decode steps without the host between them; see `finial.backends.RunsAhead.ahead`.
 
         None, with nothing done, when no backend of this graph does that.
         """
-        run = getattr(self._programs[0], "ahead", None) if len(self._programs) == 1 else None
-        if run is None:
+        if not self.runs_ahead:
             return None
-        steps: Generator[np.ndarray, None, None] | None = run(step.feeds(), self._states[0], ahead)
+        program: Any = self._programs[0]
+        steps: Generator[np.ndarray, None, None] | None = program.ahead(step.feeds(), self._states[0], ahead)
         return steps
 
     def profile(self, on: bool) -> None:

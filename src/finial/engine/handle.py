@@ -187,6 +187,12 @@ class Handle:
         self.timings = Timings(submitted)
 
     @property
+    def row_alone(self) -> bool:
+        """Whether a token is chosen from its own row of logits, with nothing else looked at or reported."""
+        params = self.params
+        return not (params.penalised or params.logit_bias or params.logprobs is not None or self.constraint is not None)
+
+    @property
     def finished(self) -> bool:
         """Whether no further piece will come."""
         return self.finish_reason is not None

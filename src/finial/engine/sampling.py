@@ -179,6 +179,12 @@ def uniform(seed: int, sample: int, position: int) -> float:
     return int(raw >> 11) * 2.0**-53
 
 
+def uniforms(seed: int, sample: int, position: int, count: int) -> NDArray[np.float64]:
+    """`uniform` of `count` positions in a row, float64 [count]."""
+    raw = np.random.Philox(key=seed | sample << 64, counter=position).random_raw(4 * count)[::4]
+    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def greedy(logits: Logits) -> int:
     """The id of the highest logit, the lowest id among ties.  Raises ModelError when that logit is not finite."""
     token = int(logits.argmax())  # NumPy's argmax stops at the first NaN, so looking at the winner sees every NaN

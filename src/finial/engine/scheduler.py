@@ -35,7 +35,7 @@ class Sequence:
         computed: how many positions, from 0, have their keys and values in the cache.
         wanted_from: the first position whose logits nobody has had yet.
         pool_from: the first position whose hidden state is wanted, and no logits at all; None: none is.
-        pages: page numbers, in order of position; only ever appended to, a new object after the pages were given back.
+        pages: page numbers, in order of position; only ever appended to, a new object after pages were given back.
     """
 
     __slots__ = (
@@ -199,6 +199,45 @@ class Scheduler:
         """The rows of `plan` are computed."""
         for sequence, _, stop, _ in plan:
             sequence.computed = stop
+
+    @property
+    def admits(self) -> bool:
+        """Whether somebody waits and there is a place beside those who run; pages may be missing."""
+        return bool(self.waiting) and len(self.running) < self.max_batch
+
+    def reserve(self, sequences: list[Sequence], left: list[int], steps: int) -> int:
+        """Pages for the positions that so many decode steps write, or as many as there are pages for.
+
+        Nobody is preempted for it; what is not used goes back with `trim`.
+
+        Args:
+            left: how many steps each sequence takes part in at most.
+        Returns:
+            steps there are pages for; 0 when there are none beyond what the sequences hold.
+        """
+
+        def missing(sequence: Sequence, most: int) -> int:
+            reached = len(sequence.tokens) + min(most, steps) - 1
+            return max(0, self.pool.pages_for(reached) - len(sequence.pages))
+
+        while steps and sum(map(missing, sequences, left)) > self.pool.available:
+            steps //= 2
+        for sequence, most in zip(sequences, left, strict=True) if steps else ():
+            for _ in range(missing(sequence, most)):
+                sequence.pages.append(self.pool.allocate(sequence.pages[-1] if sequence.pages else None))
+        return steps
+
+    def ran(self, sequence: Sequence) -> None:
+        """All tokens that a sequence has are computed, by a step that was not planned here."""
+        start, sequence.computed = sequence.computed, len(sequence.tokens)
+        self._register(Chunk(sequence, start, sequence.computed, sequence.computed))
+
+    def trim(self, sequence: Sequence) -> None:
+        """Give back the pages beyond its tokens; nothing when it does not run."""
+        keep = self.pool.pages_for(len(sequence.tokens))
+        if sequence in self.running and len(sequence.pages) > keep:
+            surplus, sequence.pages = sequence.pages[keep:], sequence.pages[:keep]
+            self.pool.release(surplus)
 
     def append(self, sequence: Sequence, token: int) -> None:
         """A new token at the end of a sequence whose positions are all computed."""

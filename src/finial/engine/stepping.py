@@ -14,10 +14,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from finial.backends import Draw
+from finial.backends import NOT_FINITE, Draw
 from finial.engine.batch import StepBuilder
 from finial.engine.handle import Handle
 from finial.engine.pace import Pace
+from finial.engine.runs import Run, Runs
 from finial.engine.sampling import TokenLogprobs, choose, greedy, log_probabilities, uniform
 from finial.engine.scheduler import Chunk, Scheduler
 from finial.engine.scheduler import Sequence as Scheduled
@@ -54,16 +55,31 @@ class Stepper:
         self._scheduler = scheduler
         self._builder = builder
         self._pace = pace
+        self._runs = Runs(scheduler)
+        self._run: Run | None = None
+        self._single = False  # the next step is no run: something in the last one needs the host
 
     def step(self) -> bool:
         """Compute, choose and hand out one step; False when there is nothing to do.
 
         An error of the executable fails the sequences of the step.
         """
+        if self._run is not None and self._go_on(self._run):
+            return True
         scheduler = self._scheduler
         plan = scheduler.schedule()
         if not plan:
             return False
+        try:
+            if not self._single:
+                self._run = self._runs.begin(self._executable, self._builder, plan, self.handles)
+        except Exception as error:
+            for chunk in plan:
+                self._fail(chunk.sequence, error)
+            return True
+        self._single = False
+        if self._run is not None and self._go_on(self._run):
+            return True
         self.steps += 1
         started = time.perf_counter()
         try:
@@ -107,6 +123,42 @@ class Stepper:
             self._pool_rows(plan, hidden)
         return True
 
+    def _go_on(self, run: Run) -> bool:
+        """Hand out the next step of a run; False when it was left, so that the next step is to be planned."""
+        live = [(row, sequence) for row, sequence in enumerate(run.sequences) if sequence in self.handles]
+        if not live or self._scheduler.admits:
+            self._leave(run)
+            return False
+        try:
+            tokens = run.next()
+        except Exception as error:
+            self._leave(run)
+            for _, sequence in live:
+                self._fail(sequence, error)
+            return True
+        if tokens is None:
+            self._leave(run)
+            return False
+        if any(tokens[row] == NOT_FINITE for row, _ in live):  # the host says in which logits
+            self._leave(run)
+            self._single = True
+            return False
+        self.steps += 1
+        for row, sequence in live:
+            assert tokens[row] >= 0, f"a row that goes on ended in a run: {tokens[row]}"
+            self._scheduler.ran(sequence)
+            try:
+                self._emit(sequence, tokens[row], None)
+            except Exception as error:
+                self._fail(sequence, error)
+        return True
+
+    def _leave(self, run: Run) -> None:
+        self._run = None
+        step_s = self._runs.end(run)
+        if step_s is not None and self._pace is not None:
+            self._pace.note(len(run.sequences), 0, step_s)
+
     def _pool_rows(self, plan: list[Chunk], hidden: NDArray[np.float32]) -> None:
         row = 0
         for sequence, start, stop, _ in plan:
@@ -136,14 +188,7 @@ class Stepper:
             if wanted == stop:
                 continue
             handle, params = self.handles[sequence], self.handles[sequence].params
-            logits = stop - wanted != 1 or sequence.all_logits or params.logprobs is not None
-            if (
-                logits
-                or sequence.max_new == 0
-                or params.penalised
-                or params.logit_bias
-                or handle.constraint is not None
-            ):
+            if stop - wanted != 1 or sequence.all_logits or sequence.max_new == 0 or not handle.row_alone:
                 return None
             number = uniform(handle.seed, handle.sample, len(sequence.tokens)) if params.temperature else 0.0
             draws.append(Draw(params.temperature, params.top_k, params.top_p, params.min_p, number))
@@ -202,10 +247,15 @@ class Stepper:
 
     def close(self) -> None:
         """Let go of the executable; all sequences must have been removed."""
+        if self._run is not None:
+            self._leave(self._run)
         self.__dict__.pop("_executable", None)  # with nothing queued no step will ask for it
 
     def restart(self) -> None:
         """All sequences start over from their tokens: for when a step was torn apart."""
+        run, self._run = self._run, None
+        if run is not None:
+            run.steps.close()
         for handle in list(self.handles.values()):
             sequence = handle.sequence
             if handle.finished:

@@ -43,7 +43,7 @@ class AheadBlock:
         Args:
             args: the fields of ahead.cuh's struct that are not this block's.
         """
-        kernel = kernels.sample_ahead(page_size, ring.STEPS, ring.ROWS)
+        kernel = kernels.sample_ahead(vocab, page_size, ring.STEPS, ring.ROWS)
         packed = kernel.pack(
             epoch=self.address,
             states=self.address + 4 * self._states,

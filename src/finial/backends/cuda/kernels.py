@@ -399,13 +399,20 @@ def flash(
     return Kernel("flash", "flash.cuh", "FlashArgs", constants, 128, shared=shared, least_arch=80)
 
 
-def sample(threads: int = 1024) -> Kernel:
+def sample_threads(vocab: int) -> int:
+    """Threads of a block that chooses a token: each has a few logits at least, and a block has 1024 at most."""
+    return max(64, min(1024, 1 << (vocab // 4).bit_length()))
+
+
+def sample(vocab: int) -> Kernel:
     """See sample.cuh; one block a row."""
+    threads = sample_threads(vocab)
     return Kernel("sample", "sample.cuh", "SampleArgs", _constants(THREADS=threads), threads=threads)
 
 
-def sample_ahead(page_size: int, ring: int, ring_rows: int, threads: int = 1024) -> Kernel:
+def sample_ahead(vocab: int, page_size: int, ring: int, ring_rows: int) -> Kernel:
     """See ahead.cuh; one block a row; the ring has `ring` steps of `ring_rows` words."""
+    threads = sample_threads(vocab)
     constants = _constants(THREADS=threads, PAGE=page_size, RING=ring, RING_ROWS=ring_rows)
     return Kernel("sample_ahead", "ahead.cuh", "AheadArgs", constants, threads=threads)
 

@@ -151,7 +151,7 @@ class CudaProgram:
     def _record_sampling(self, recorded: Recorded, logits: Value) -> tuple[Any, int]:
         place, rows = recorded.places[logits.name], recorded.offsets["requests"][1] // 4
         tokens = recorded.workspace.keep(4 * rows)
-        kernel = kernels.sample()
+        kernel = kernels.sample(int(logits.shape[1]))
         args = kernel.pack(
             logits=place.address,
             requests=recorded.block + 4 * recorded.offsets["requests"][0],
