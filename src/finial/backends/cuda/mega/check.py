@@ -1,0 +1,362 @@
+"""Proves a phase table: nobody waits for ever, nobody reads what is not there yet or writes what is still wanted.
+
+Blocks are programs of entries, each of which waits, reads, writes and signals; whoever merges the splits of an
+attention item may be any block, so that each item is a program of its own here.  Waits are monotonic (a counter never
+falls), so that one run of all programs tells whether any run ends.  Vector clocks (Fidge 1988; Mattern 1989) of that
+run say which entries come before which whatever the timing: a wait for all arrivals of a step puts all of them before
+it, provided that no arrival of the next step can come first, which is checked too, for a step on the ground of the one
+before it.
+
+Shown for a few steps in a row; each step has the same entries and waits, so that what holds between neighbours there
+holds between all.  What is assumed of the kernel: entries of a block run in order and completely, a signal comes after
+the entry's writes and a wait before its reads, with the fences that say so between multiprocessors.
+
+    findings = check(plan)    # [] is the proof
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finial.backends.cuda.mega import table
+from finial.backends.cuda.mega.events import MERGE, Events, Finding, Ints, Mask, live_entries
+from finial.backends.cuda.mega.table import (
+    ATTEND,
+    COUNT,
+    DOWN,
+    FIRST,
+    GATE_UP,
+    HEAD,
+    KIND,
+    LAYER,
+    NAMES,
+    OUTPUT,
+    PRODUCTS,
+    QKV,
+    SAMPLE,
+    SIGNAL,
+    STAGES,
+    TOKEN,
+    UNIT_BYTES,
+    WAIT,
+    Plan,
+)
+
+_MOST = 4  # findings of one kind that are told
+
+
+def check(plan: Plan, *, steps: int = 3, parities: int = 2) -> list[Finding]:
+    """What is wrong with a plan; nothing is the proof that its table works.
+
+    Args:
+        steps: that are looked at; a buffer of two parities is used again after two.
+        parities: of the buffers between the end of a step and the next (candidates and tokens); the kernel has two.
+    """
+    findings = list(_ring(plan))
+    malformed = list(_entries(plan))
+    if malformed:
+        return findings + malformed
+    events = Events(plan, steps)
+    findings += _most(events.signals_agree())
+    findings += _most(events.targets())
+    findings += _most(events.run())
+    accesses = _accesses(plan, events, parities)
+    findings += [f for access in accesses for f in _most(access.covered(events))]
+    if any(finding.kind in ("deadlock", "target") for finding in findings):
+        return findings  # clocks say nothing about a run that did not end, or that may have gone on too early
+    findings += _most(events.overruns())
+    findings += [finding for access in accesses for finding in _most(access.ordered(events))]
+    findings += _most(_cache(plan, events))
+    return findings
+
+
+def _most(found: Iterator[Finding]) -> list[Finding]:
+    return [finding for finding, _ in zip(found, range(_MOST), strict=False)]
+
+
+# --- what one entry alone says ----------------------------------------------------------------------------------------
+
+
+def _ring(plan: Plan) -> Iterator[Finding]:
+    """What the producer brings is what workers take: by entry, by block, and in all."""
+    t, units, unit = plan.table, plan.units(), UNIT_BYTES[plan.shape.format]
+    wanted = -(-units // plan.stage_units)
+    for block, at in np.argwhere(t[:, :, STAGES] != wanted)[:_MOST].tolist():
+        yield Finding(
+            "ring",
+            f"{_name(t, block, at)} has {units[block, at]} units, {wanted[block, at]} stages of {plan.stage_units}, "
+            f"the table says {t[block, at, STAGES]}",
+        )
+    if plan.stage_units % plan.warps or plan.stages < 2:
+        yield Finding("ring", f"{plan.stages} stages of {plan.stage_units} units for {plan.warps} warps")
+    if plan.shared.ring != plan.stages * plan.stage_units * unit or plan.stage_units * unit % 16:
+        yield Finding("ring", f"{plan.stages} stages of {plan.stage_units * unit} bytes in {plan.shared.ring}")
+    offsets, sizes = plan.offsets().astype(np.int64), units.sum(axis=1) * unit
+    for block in np.flatnonzero((np.diff(offsets) < sizes) | (offsets[:-1] % 16 != 0))[:_MOST].tolist():
+        yield Finding("ring", f"the stream of block {block} has {sizes[block]} bytes from {offsets[block]}")
+    layers = {kind: 1 if kind == HEAD else plan.shape.layers for kind in PRODUCTS}
+    whole = sum(layers[k] * table.groups_of(plan.shape, k) * table.k_units(plan.shape, k) for k in PRODUCTS)
+    if units.sum() != whole:
+        yield Finding("ring", f"streams have {units.sum()} units, the matrices {whole}")
+
+
+def _entries(plan: Plan) -> Iterator[Finding]:
+    """Numbers outside what there is, which nothing below could look at."""
+    t, shape = plan.table.astype(np.int64), plan.shape
+    live = live_entries(plan)
+    for block in np.flatnonzero(live.all(axis=1))[:_MOST].tolist():
+        yield Finding("entry", f"the entries of block {block} have no end")
+    kind, count = t[:, :, KIND], t[:, :, COUNT]
+    most = np.zeros(len(NAMES) + 1, np.int64)
+    for product in PRODUCTS:
+        most[product] = table.groups_of(shape, product)
+    most[ATTEND], most[SAMPLE] = plan.items, plan.rows
+    size = np.where(kind == ATTEND, 1, count)
+    bad = (kind < 0) | (kind >= len(NAMES)) | (t[:, :, LAYER] < 0) | (t[:, :, LAYER] >= shape.layers)
+    bad |= (t[:, :, WAIT] >= len(plan.arrivals)) | (t[:, :, SIGNAL] >= len(plan.arrivals))
+    limit = most[np.clip(kind, 0, len(NAMES))]
+    bad |= (kind != TOKEN) & ((t[:, :, FIRST] < 0) | (size < 1) | (t[:, :, FIRST] + size > limit))
+    splits = (kind == ATTEND) & ((count >> 16 != plan.splits) | (count & 0xFFFF >= plan.splits))
+    for block, at in np.argwhere((bad | splits) & live)[:_MOST].tolist():
+        yield Finding("entry", f"{_name(plan.table, block, at)} is {t[block, at].tolist()}")
+
+
+def _name(t: NDArray[np.int32], block: int, at: int) -> str:
+    kind, layer = int(t[block, at, KIND]), int(t[block, at, LAYER])
+    name = NAMES[kind] if 0 <= kind < len(NAMES) else f"kind {kind}"
+    return f"block {block} entry {at} ({name} of layer {layer})"
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Access:
+    """A buffer in cells, of which each version is written once and then read.
+
+    Attributes:
+        writes, reads: events; versions: of each, 0, 1, …; begin, end: cells of each.
+        covers: every version must write every cell.
+    """
+
+    buffer: str
+    cells: int
+    writes: Ints
+    write_versions: Ints
+    write_begin: Ints
+    write_end: Ints
+    reads: Ints
+    read_versions: Ints
+    read_begin: Ints
+    read_end: Ints
+
+    def covered(self, events: Events) -> Iterator[Finding]:
+        """Each cell once in each version."""
+        versions = int(self.write_versions.max(initial=-1)) + 1
+        edges = np.zeros((versions, self.cells + 1), np.int64)
+        np.add.at(edges, (self.write_versions, self.write_begin), 1)
+        np.add.at(edges, (self.write_versions, self.write_end), -1)
+        times = np.cumsum(edges, axis=1)[:, : self.cells]
+        if versions == 0 and self.cells:
+            yield Finding("rows", f"{self.buffer} is never written")
+        for version, cell in np.argwhere(times != 1).tolist():
+            here = (self.write_versions == version) & (self.write_begin <= cell) & (self.write_end > cell)
+            who = ", ".join(events.name(event) for event in self.writes[here].tolist()) or "nobody"
+            yield Finding("rows", f"{self.buffer}[{cell}] is written {times[version, cell]} times: by {who}")
+
+    def ordered(self, events: Events) -> Iterator[Finding]:
+        """Reads after the writes of their version, writes after all that looks at the version before."""
+        versions = int(self.write_versions.max(initial=-1)) + 1
+        writer = np.full((versions, self.cells), -1)
+        for event, version, cell in self._pairs(
+            self.writes, self.write_versions, self.write_begin, self.write_end, np.ones(len(self.writes), bool)
+        ):
+            writer[version, cell] = event
+        whole = (self.read_begin == 0) & (self.read_end == self.cells)
+        yield from self._whole_reads(events, writer, np.flatnonzero(whole))
+        for reads, version, cell in self._pairs(self.reads, self.read_versions, self.read_begin, self.read_end, ~whole):
+            yield from self._order(events, writer[version, cell], reads, cell, "reads what", "writes")
+            following = version + 1 < versions
+            after = writer[version[following] + 1, cell[following]]
+            yield from self._order(events, reads[following], after, cell[following], "overwrites what", "reads")
+        if versions > 1:
+            cell = np.tile(np.arange(self.cells), versions - 1)
+            yield from self._order(
+                events, writer[:-1].reshape(-1), writer[1:].reshape(-1), cell, "overwrites what", "writes"
+            )
+
+    def _whole_reads(self, events: Events, writer: Ints, reads: Ints) -> Iterator[Finding]:
+        """By the last event of each agent instead of by pairs."""
+        for version in range(len(writer)):
+            here = self.reads[reads[self.read_versions[reads] == version]]
+            for earlier, later, does, to in (
+                (np.unique(writer[version]), here, "reads what", "writes"),
+                (
+                    here,
+                    np.unique(writer[version + 1]) if version + 1 < len(writer) else here[:0],
+                    "overwrites what",
+                    "reads",
+                ),
+            ):
+                if not len(earlier) or not len(later):
+                    continue
+                need = np.zeros(events.agents, np.int16)
+                np.maximum.at(need, events.agent[earlier], events.order[earlier].astype(np.int16))
+                for event in later[(events.clocks[later] < need).any(axis=1)].tolist():
+                    same = np.full(len(earlier), event)
+                    cells = np.full(len(earlier), -1)
+                    yield from self._order(events, earlier, same, cells, does, to)
+
+    def _order(self, events: Events, earlier: Ints, later: Ints, cell: Ints, does: str, to: str) -> Iterator[Finding]:
+        bad = np.flatnonzero((earlier >= 0) & (later >= 0) & ~events.before(earlier, later))
+        for at in bad.tolist():
+            where = f"{self.buffer}[{cell[at]}]" if cell[at] >= 0 else self.buffer
+            yield Finding(
+                "order",
+                f"{events.name(int(later[at]))} {does} {events.name(int(earlier[at]))} {to} in {where}: no order",
+            )
+
+    @staticmethod
+    def _pairs(who: Ints, versions: Ints, begin: Ints, end: Ints, mask: Mask) -> Iterator[tuple[Ints, Ints, Ints]]:
+        """(event, version, cell) of each cell that each event touches, some at a time."""
+        chosen = np.flatnonzero(mask)
+        for part in np.array_split(chosen, max(1, len(chosen) // 4096)):
+            size = end[part] - begin[part]
+            at = np.repeat(part, size)
+            cell = np.arange(len(at)) - np.repeat(np.cumsum(size) - size, size) + begin[at]
+            yield who[at], versions[at], cell
+
+
+def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
+    """Who writes and reads which cells of each buffer; `cells` are row groups, items or blocks."""
+    shape, e = plan.shape, events
+    version = e.step * shape.layers + e.layer
+    of = {kind: np.flatnonzero(e.kind == kind) for kind in (*range(len(NAMES)), MERGE)}
+    per_head = table.groups_of(shape, QKV) // shape.kv_heads
+    head = e.first // plan.parts % shape.kv_heads
+    split = e.count & 0xFFFF
+    nothing = np.zeros(0, np.int64)
+
+    def access(buffer: str, cells: int, writes: list[_Span], reads: list[_Span], versions: Ints = version) -> _Access:
+        columns: list[Ints] = []
+        for spans in (writes, reads):
+            columns.append(np.concatenate([nothing, *(span.events for span in spans)]))
+            columns.append(np.concatenate([nothing, *(versions[span.events] + span.offset for span in spans)]))
+            columns.append(np.concatenate([nothing, *(span.begin for span in spans)]))
+            columns.append(np.concatenate([nothing, *(span.end for span in spans)]))
+        w, wv, wb, we, r, rv, rb, re = columns
+        known = rv >= 0  # before the first version there is only what the host put there
+        return _Access(buffer, cells, w, wv, wb, we, r[known], rv[known], rb[known], re[known])
+
+    def own(kind: int, offset: int = 0, where: Callable[[Ints], Mask] | None = None) -> _Span:
+        chosen = of[kind] if where is None else of[kind][where(of[kind])]
+        return _Span(chosen, e.first[chosen], e.first[chosen] + e.count[chosen], offset)
+
+    def whole(kind: int, cells: int, offset: int = 0, where: Callable[[Ints], Mask] | None = None) -> _Span:
+        chosen = of[kind] if where is None else of[kind][where(of[kind])]
+        return _Span(chosen, np.zeros(len(chosen), np.int64), np.full(len(chosen), cells), offset)
+
+    def later_layers(chosen: Ints) -> Mask:
+        return np.asarray(e.layer[chosen] > 0)
+
+    width, gated = table.groups_of(shape, DOWN), table.groups_of(shape, GATE_UP)
+    attend, merge = of[ATTEND], of[MERGE]
+    at_split = e.first[attend] * plan.splits + split[attend]
+    items = plan.items
+    made = [
+        access(
+            "x0",
+            width,
+            [own(DOWN)],
+            [
+                whole(QKV, width, -1, later_layers),
+                own(OUTPUT, -1, later_layers),
+                whole(HEAD, width, shape.layers - 1),
+            ],
+        ),
+        access("x1", width, [own(OUTPUT)], [whole(GATE_UP, width), own(DOWN)]),
+        access(
+            "qkv",
+            table.groups_of(shape, QKV),
+            [own(QKV)],
+            [_Span(attend, head[attend] * per_head, (head[attend] + 1) * per_head)],
+        ),
+        access(
+            "parts",
+            items * plan.splits,
+            [_Span(attend, at_split, at_split + 1)],
+            [_Span(merge, e.first[merge] * plan.splits, (e.first[merge] + 1) * plan.splits)],
+        ),
+        access("tickets", items, [own(MERGE)], [_Span(attend, e.first[attend], e.first[attend] + 1, -1)]),
+        access("attn", items, [own(MERGE)], [whole(OUTPUT, items)]),
+        access("act", gated, [own(GATE_UP)], [whole(DOWN, gated)]),
+        access("rows of the head", table.groups_of(shape, HEAD), [own(HEAD)], [], e.step),
+    ]
+    blocks, again = plan.blocks, e.step // parities
+    for parity in range(min(parities, events.steps)):
+
+        def here(chosen: Ints, parity: int = parity) -> Mask:
+            return np.asarray(e.step[chosen] % parities == parity)
+
+        if plan.sampled:
+            made.append(
+                access(
+                    f"tokens of parity {parity}",
+                    plan.rows,
+                    [own(SAMPLE, 0, here)],
+                    [whole(TOKEN, plan.rows, 0, here)],
+                    again,
+                )
+            )
+        else:
+            writes = of[HEAD][here(of[HEAD])]
+            cells = e.agent[writes]
+            made.append(
+                access(
+                    f"candidates of parity {parity}",
+                    blocks,
+                    [_Span(writes, cells, cells + 1)],
+                    [whole(TOKEN, blocks, 0, here)],
+                    again,
+                )
+            )
+    if plan.sampled:
+        groups = table.groups_of(shape, HEAD)
+        made.append(access("logits", groups, [own(HEAD)], [whole(SAMPLE, groups)], e.step))
+    token = of[TOKEN]
+    made.append(access("tokens known", blocks, [_Span(token, e.agent[token], e.agent[token] + 1)], [], e.step))
+    return made
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Events with the cells that each touches, in the version of the event plus `offset`."""
+
+    events: Ints
+    begin: Ints
+    end: Ints
+    offset: int = 0
+
+
+def _cache(plan: Plan, events: Events) -> Iterator[Finding]:
+    """The new key and value are written by whichever split has the newest position, and read in all later steps."""
+    heads = plan.rows * plan.shape.kv_heads
+    attend = np.flatnonzero(events.kind == ATTEND)
+    cell = events.layer[attend] * heads + events.first[attend] // plan.parts
+    last = np.zeros((events.steps, plan.shape.layers * heads, events.agents), np.int16)
+    np.maximum.at(last, (events.step[attend], cell, events.agent[attend]), events.order[attend].astype(np.int16))
+    later = events.step[attend] > 0
+    for event, where in zip(attend[later].tolist(), cell[later].tolist(), strict=True):
+        missing = last[events.step[event] - 1, where] > events.clocks[event]
+        if missing.any():
+            agent = int(np.flatnonzero(missing)[0])
+            layer, row = divmod(where, heads)
+            yield Finding(
+                "order",
+                f"{events.name(event)} reads what block {agent} writes in the step before in the cache of layer "
+                f"{layer}, row {row // plan.shape.kv_heads}, head {row % plan.shape.kv_heads}: no order",
+            )
