@@ -112,6 +112,7 @@ def test_a_decoder_is_recognised(fields: dict[str, Any]) -> None:
         ({"biases": ("down",)}, {}, "the product after the gate has a bias"),
         ({"biases": ("gate", "up")}, {}, "gate and up have biases"),
         ({"head_dim": 12}, {}, "head_dim is 12, no multiple of 8"),
+        ({"intermediate_size": 90}, {}, "widths are no multiples of 4"),
         ({}, {"lm_head.weight": "q8_0"}, "several formats: bf16, q8_0"),
         ({}, {"model.layers.1.self_attn.k_proj.weight": "q8_0"}, "do not share their input|attention reads|no chain"),
     ],

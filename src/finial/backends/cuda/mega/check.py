@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finial.backends.cuda.mega import table
-from finial.backends.cuda.mega.events import MERGE, Events, Finding, Ints, Mask, live_entries
+from finial.backends.cuda.mega.events import IDLE, MERGE, Events, Finding, Ints, Mask, live_entries
 from finial.backends.cuda.mega.table import (
     ATTEND,
     COUNT,
@@ -49,10 +49,12 @@ from finial.backends.cuda.mega.table import (
 _MOST = 4  # findings of one kind that are told
 
 
-def check(plan: Plan, *, steps: int = 3, parities: int = 2) -> list[Finding]:
+def check(plan: Plan, *, steps: int = 3, parities: int = 2, active: Ints | None = None) -> list[Finding]:
     """What is wrong with a plan; nothing is the proof that its table works.
 
     Args:
+        active: splits of an item that have positions, 1 to `plan.splits`, [steps, rows]: those beyond do nothing but
+            wait.  None: all, and then one, with which nothing is ordered by way of the others.
         steps: that are looked at; a buffer of two parities is used again after two.
         parities: of the buffers between the end of a step and the next (candidates and tokens); the kernel has two.
     """
@@ -60,8 +62,16 @@ def check(plan: Plan, *, steps: int = 3, parities: int = 2) -> list[Finding]:
     malformed = list(_entries(plan))
     if malformed:
         return findings + malformed
-    events = Events(plan, steps)
-    findings += _most(events.signals_agree())
+    several = [np.full((steps, plan.rows), count) for count in dict.fromkeys((plan.splits, 1))]
+    for there in several if active is None else [active]:
+        findings += _run(plan, Events(plan, steps, there), parities)
+        if findings:
+            break
+    return findings
+
+
+def _run(plan: Plan, events: Events, parities: int) -> list[Finding]:
+    findings = _most(events.signals_agree())
     findings += _most(events.targets())
     findings += _most(events.run())
     accesses = _accesses(plan, events, parities)
@@ -140,7 +150,7 @@ class _Access:
 
     Attributes:
         writes, reads: events; versions: of each, 0, 1, …; begin, end: cells of each.
-        covers: every version must write every cell.
+        gaps: a version need not write all cells.  without_order: it is no memory, only something to be done once.
     """
 
     buffer: str
@@ -153,9 +163,13 @@ class _Access:
     read_versions: Ints
     read_begin: Ints
     read_end: Ints
+    gaps: bool = False
+    without_order: bool = False
 
     def covered(self, events: Events) -> Iterator[Finding]:
         """Each cell once in each version."""
+        if self.gaps:
+            return
         versions = int(self.write_versions.max(initial=-1)) + 1
         edges = np.zeros((versions, self.cells + 1), np.int64)
         np.add.at(edges, (self.write_versions, self.write_begin), 1)
@@ -171,23 +185,27 @@ class _Access:
     def ordered(self, events: Events) -> Iterator[Finding]:
         """Reads after the writes of their version, writes after all that looks at the version before."""
         versions = int(self.write_versions.max(initial=-1)) + 1
+        if self.without_order or versions == 0:
+            return
         writer = np.full((versions, self.cells), -1)
         for event, version, cell in self._pairs(
             self.writes, self.write_versions, self.write_begin, self.write_end, np.ones(len(self.writes), bool)
         ):
             writer[version, cell] = event
-        whole = (self.read_begin == 0) & (self.read_end == self.cells)
+        following = writer.copy()  # who writes next, this version's writer where there is one
+        for at in range(versions - 2, -1, -1):
+            following[at] = np.where(writer[at] < 0, following[at + 1], writer[at])
+        whole = (self.read_begin == 0) & (self.read_end == self.cells) & (not self.gaps)
         yield from self._whole_reads(events, writer, np.flatnonzero(whole))
         for reads, version, cell in self._pairs(self.reads, self.read_versions, self.read_begin, self.read_end, ~whole):
             yield from self._order(events, writer[version, cell], reads, cell, "reads what", "writes")
-            following = version + 1 < versions
-            after = writer[version[following] + 1, cell[following]]
-            yield from self._order(events, reads[following], after, cell[following], "overwrites what", "reads")
+            more = version + 1 < versions
+            after = following[version[more] + 1, cell[more]]
+            yield from self._order(events, reads[more], after, cell[more], "overwrites what", "reads")
         if versions > 1:
             cell = np.tile(np.arange(self.cells), versions - 1)
-            yield from self._order(
-                events, writer[:-1].reshape(-1), writer[1:].reshape(-1), cell, "overwrites what", "writes"
-            )
+            before, after = writer[:-1].reshape(-1), following[1:].reshape(-1)
+            yield from self._order(events, before, after, cell, "overwrites what", "writes")
 
     def _whole_reads(self, events: Events, writer: Ints, reads: Ints) -> Iterator[Finding]:
         """By the last event of each agent instead of by pairs."""
@@ -202,6 +220,7 @@ class _Access:
                     "reads",
                 ),
             ):
+                earlier, later = earlier[earlier >= 0], later[later >= 0]
                 if not len(earlier) or not len(later):
                     continue
                 need = np.zeros(events.agents, np.int16)
@@ -235,13 +254,22 @@ def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
     """Who writes and reads which cells of each buffer; `cells` are row groups, items or blocks."""
     shape, e = plan.shape, events
     version = e.step * shape.layers + e.layer
-    of = {kind: np.flatnonzero(e.kind == kind) for kind in (*range(len(NAMES)), MERGE)}
+    of = {kind: np.flatnonzero(e.kind == kind) for kind in (*range(len(NAMES)), MERGE, IDLE)}
     per_head = table.groups_of(shape, QKV) // shape.kv_heads
     head = e.first // plan.parts % shape.kv_heads
     split = e.count & 0xFFFF
     nothing = np.zeros(0, np.int64)
 
-    def access(buffer: str, cells: int, writes: list[_Span], reads: list[_Span], versions: Ints = version) -> _Access:
+    def access(
+        buffer: str,
+        cells: int,
+        writes: list[_Span],
+        reads: list[_Span],
+        versions: Ints = version,
+        *,
+        gaps: bool = False,
+        ordered: bool = True,
+    ) -> _Access:
         columns: list[Ints] = []
         for spans in (writes, reads):
             columns.append(np.concatenate([nothing, *(span.events for span in spans)]))
@@ -250,7 +278,7 @@ def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
             columns.append(np.concatenate([nothing, *(span.end for span in spans)]))
         w, wv, wb, we, r, rv, rb, re = columns
         known = rv >= 0  # before the first version there is only what the host put there
-        return _Access(buffer, cells, w, wv, wb, we, r[known], rv[known], rb[known], re[known])
+        return _Access(buffer, cells, w, wv, wb, we, r[known], rv[known], rb[known], re[known], gaps, not ordered)
 
     def own(kind: int, offset: int = 0, where: Callable[[Ints], Mask] | None = None) -> _Span:
         chosen = of[kind] if where is None else of[kind][where(of[kind])]
@@ -264,8 +292,8 @@ def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
         return np.asarray(e.layer[chosen] > 0)
 
     width, gated = table.groups_of(shape, DOWN), table.groups_of(shape, GATE_UP)
-    attend, merge = of[ATTEND], of[MERGE]
-    at_split = e.first[attend] * plan.splits + split[attend]
+    attend, merge, idle = of[ATTEND], of[MERGE], of[IDLE]
+    at_split, idle_split = (e.first[which] * plan.splits + split[which] for which in (attend, idle))
     items = plan.items
     made = [
         access(
@@ -289,12 +317,20 @@ def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
             "parts",
             items * plan.splits,
             [_Span(attend, at_split, at_split + 1)],
-            [_Span(merge, e.first[merge] * plan.splits, (e.first[merge] + 1) * plan.splits)],
+            [_Span(merge, e.first[merge] * plan.splits, e.first[merge] * plan.splits + e.target[merge])],
+            gaps=True,
+        ),
+        access(
+            "splits",
+            items * plan.splits,
+            [_Span(attend, at_split, at_split + 1), _Span(idle, idle_split, idle_split + 1)],
+            [],
+            ordered=False,
         ),
         access("tickets", items, [own(MERGE)], [_Span(attend, e.first[attend], e.first[attend] + 1, -1)]),
         access("attn", items, [own(MERGE)], [whole(OUTPUT, items)]),
         access("act", gated, [own(GATE_UP)], [whole(DOWN, gated)]),
-        access("rows of the head", table.groups_of(shape, HEAD), [own(HEAD)], [], e.step),
+        access("rows of the head", table.groups_of(shape, HEAD), [own(HEAD)], [], e.step, ordered=False),
     ]
     blocks, again = plan.blocks, e.step // parities
     for parity in range(min(parities, events.steps)):
@@ -328,7 +364,8 @@ def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
         groups = table.groups_of(shape, HEAD)
         made.append(access("logits", groups, [own(HEAD)], [whole(SAMPLE, groups)], e.step))
     token = of[TOKEN]
-    made.append(access("tokens known", blocks, [_Span(token, e.agent[token], e.agent[token] + 1)], [], e.step))
+    span = _Span(token, e.agent[token], e.agent[token] + 1)
+    made.append(access("tokens known", blocks, [span], [], e.step, ordered=False))
     return made
 
 

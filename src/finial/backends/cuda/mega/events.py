@@ -17,6 +17,7 @@ from finial.backends.cuda.mega import table
 from finial.backends.cuda.mega.table import ATTEND, COUNT, END, FIRST, KIND, LAYER, NAMES, SIGNAL, TARGET, WAIT, Plan
 
 MERGE = 8  # of an attention item, by whoever finishes its last split
+IDLE = 9  # a split for which there are no positions: it waits, and does nothing else
 
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -45,7 +46,8 @@ class Events:
         clocks: int16 [events, agents]: so many events of each agent are over when this one begins, itself counted.
     """
 
-    def __init__(self, plan: Plan, steps: int) -> None:
+    def __init__(self, plan: Plan, steps: int, active: Ints) -> None:
+        """`active`: splits that have positions, 1 or more, [steps, rows]."""
         self.plan, self.steps = plan, steps
         shape, live = plan.shape, live_entries(plan)
         self.blocks, self.agents, self.real = plan.blocks, plan.blocks + plan.items, len(plan.arrivals)
@@ -75,7 +77,22 @@ class Events:
         self.kind, self.layer, self.first, self.count = (columns[:, c] for c in (KIND, LAYER, FIRST, COUNT))
         self.wait, self.target, self.signal = (columns[:, c] for c in (WAIT, TARGET, SIGNAL))
         self.ends = self.starts + repeat
+        self._idle(active)
         self.clocks = np.zeros((len(agent), self.agents), np.int16)
+
+    def _idle(self, active: Ints) -> None:
+        """Splits without positions take no part in an item, and who merges it waits for the others alone."""
+        plan = self.plan
+        self.wanted = (self.step + 1) * self.target
+        row = self.first // (plan.parts * plan.shape.kv_heads)
+        attend, merge = self.kind == ATTEND, self.kind == MERGE
+        there = active[self.step, np.clip(row, 0, plan.rows - 1)]
+        idle = attend & ((self.count & 0xFFFF) >= there)
+        self.kind = np.where(idle, IDLE, self.kind)
+        self.signal = np.where(idle, -1, self.signal)
+        so_far = np.cumsum(active, axis=0)[self.step, np.clip(row, 0, plan.rows - 1)]
+        self.wanted = np.where(merge, so_far, self.wanted)
+        self.target = np.where(merge, there, self.target)
 
     def _merges(self) -> Ints:
         """Entries of who merges: of each layer one an item."""
@@ -94,7 +111,7 @@ class Events:
         """For a finding."""
         agent, kind = int(self.agent[event]), int(self.kind[event])
         who = f"block {agent} entry {self.at[event]}" if agent < self.blocks else f"item {agent - self.blocks}"
-        what = "MERGE" if kind == MERGE else NAMES[kind]
+        what = {MERGE: "MERGE", IDLE: "ATTEND"}.get(kind) or NAMES[kind]
         return f"{who} ({what} of layer {self.layer[event]}, step {self.step[event]})"
 
     def signals_agree(self) -> Iterator[Finding]:
@@ -129,7 +146,7 @@ class Events:
         while len(left):
             event = now[left]
             wait, step = self.wait[event], self.step[event]
-            ready = (wait < 0) | (value[wait] >= (step + 1) * self.target[event])
+            ready = (wait < 0) | (value[wait] >= self.wanted[event])
             if not ready.any():
                 break
             event, agent, wait, step = event[ready], left[ready], wait[ready], step[ready]
@@ -156,8 +173,7 @@ class Events:
             c = self.wait[stuck]
             yield Finding(
                 "deadlock",
-                f"{self.name(stuck)} waits for counter {c} to reach {(self.step[stuck] + 1) * self.target[stuck]}, "
-                f"it stays at {value[c]}",
+                f"{self.name(stuck)} waits for counter {c} to reach {self.wanted[stuck]}, it stays at {value[c]}",
             )
 
     def before(self, earlier: Ints, later: Ints) -> Mask:

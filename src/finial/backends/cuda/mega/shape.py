@@ -258,6 +258,7 @@ class _Reader:
             bias=any(name for layer in layers for name in layer.biases),
         )
         _need(shape.head_dim % 8 == 0, f"head_dim is {shape.head_dim}, no multiple of 8")
+        _need(shape.width % 4 == 0 and shape.ffn % 4 == 0, "widths are no multiples of 4")
         _need(shape.vocab == vocab, f"{shape.vocab} logits for {vocab} tokens")
         rows = {tuple(_ints(graph, name) for name in (*layer.qkv, layer.gate)) for layer in layers}
         _need(len(rows) == 1, "layers differ in size")
