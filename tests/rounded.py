@@ -9,6 +9,7 @@ Knows no backend.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,17 +74,42 @@ def attention(
 
 
 @contextlib.contextmanager
-def rounding_reference(activations: str = "f32", queries: str = "f32") -> Iterator[None]:
-    """The reference, but the input of every product, or every attention's queries and weights, rounded."""
+def rounding_reference(
+    activations: str = "f32", queries: str = "f32", weights: str = "f32", small: int = 0, cached: str = "f32"
+) -> Iterator[None]:
+    """The reference, but the input of every product, or every attention's queries and weights, rounded.
+
+    Args:
+        weights: what the weights of a product are rounded to where its input is.
+        small: products of so many rows or fewer round nothing.
+        cached: what keys and values are rounded to where queries are.
+    """
     plain = reference.linear
 
     def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-        return plain(to_bf16(x) if activations == "bf16" else to_int8(x), weight, bias)
+        if len(x) <= small:
+            return plain(x, weight, bias)
+        factor = to_bf16(weight) if weights == "bf16" else weight
+        return plain(to_bf16(x) if activations == "bf16" else to_int8(x), factor, bias)
 
-    assert {activations, queries} <= {"f32", "bf16", "int8"} and queries != "int8"
+    def attend(queries: np.ndarray, cache: Any, *rest: Any, **named: Any) -> np.ndarray:
+        if cached == "bf16":
+            cache = copy.copy(cache)
+            cache.data = to_bf16(cache.data)
+        return attention(queries, cache, *rest, **named)
+
+    assert {activations, queries, weights, cached} <= {"f32", "bf16", "int8"}
+    assert "int8" not in (queries, weights, cached)
     with pytest.MonkeyPatch.context() as patch:
         if activations != "f32":
             patch.setitem(reference._OPS, "linear", linear)
         if queries != "f32":
-            patch.setitem(reference._OPS, "attention", attention)
+            patch.setitem(reference._OPS, "attention", attend)
         yield
+
+
+def product_rounding(engine: Any, format: str) -> dict[str, Any]:
+    """What a backend says of its products with weights of this format, as `rounding_reference` takes it."""
+    precision = getattr(engine, "activation_precision", lambda format: "f32")(format)
+    weights = getattr(engine, "weight_precision", lambda format: "f32")(format)
+    return {"activations": precision, "weights": weights, "small": getattr(engine, "small_rows", 0)}

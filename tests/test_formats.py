@@ -25,6 +25,7 @@ SCALES = {
 
 
 def gguf_type(name: str) -> gguf.GGMLQuantizationType:
+    assert FORMATS[name].gguf_type is not None
     return gguf.GGMLQuantizationType(FORMATS[name].gguf_type)
 
 
@@ -55,6 +56,9 @@ def random_values(rows: int, columns: int, seed: int) -> np.ndarray:
 
 def test_the_table_says_what_ggml_says() -> None:
     for name, row in FORMATS.items():
+        if row.gguf_type is None:  # no file has it
+            assert name == "fp8"
+            continue
         kind = gguf_type(name)
         assert kind.name.lower() == name == row.name
         assert gguf.GGML_QUANT_SIZES[kind] == (row.block, row.block_bytes)
@@ -84,7 +88,7 @@ def test_every_sixteen_bit_float_decodes_and_comes_back(name: str) -> None:
     assert np.isnan(Tensor(name, (65536,), back.view(np.uint8)).decode()[~number]).all()
 
 
-@pytest.mark.parametrize("name", ENCODABLE)
+@pytest.mark.parametrize("name", [name for name in ENCODABLE if name != "fp8"])
 @pytest.mark.parametrize("seed", range(3))
 def test_encoding_is_bit_equal_to_ggml(name: str, seed: int) -> None:
     values = random_values(64, 256, seed)
@@ -123,6 +127,9 @@ def test_round_trip_error_is_within_the_format(name: str) -> None:
         "q8_0": largest / 127 * 0.5 + largest * (half + 4 * single),
         # levels -8..7 of max/8: the far end (+8) is clipped to 7, one whole level away
         "q4_0": largest / 8 * 1.0 + largest * (half + 4 * single),
+        # half a step: 2^-4 of the value, or 2^-10 of 1/448 of the row's largest where the format is subnormal
+        "fp8": np.maximum(np.abs(values) * 2.0**-4, np.abs(values).max(1, keepdims=True) / 448 * 2.0**-10)
+        * (1 + 4 * single),
     }[name]
     assert (error <= bound).all()
 
@@ -157,6 +164,35 @@ def test_to_between_every_pair() -> None:
         assert np.array_equal(start.to("f32").decode(), start.decode())
 
 
+@pytest.mark.parametrize("shape", [(7, 96), (3, 1), (5, 300), (2, SLAB + 1)])
+def test_fp8_is_e4m3_scaled_by_row(shape: tuple[int, int]) -> None:
+    """The bits of PyTorch's float8_e4m3fn, subnormals and zeros among them; rows of any width."""
+    import torch
+
+    values = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    values *= np.logspace(-3, 0, shape[1], dtype=np.float32)
+    values[1] = 0
+    tensor = Tensor.from_array(values, "fp8")
+    assert tensor.nbytes == shape[0] * (shape[1] + 4) == get_format("fp8").nbytes(shape)
+    rows = tensor.data.reshape(shape[0], -1)
+    scale = rows[:, :4].copy().view(np.float32)
+    assert scale[1] == 1 and np.array_equal(np.delete(scale, 1, 0)[:, 0] * 448, np.abs(np.delete(values, 1, 0)).max(1))
+    expected = torch.from_numpy(values / scale).to(torch.float8_e4m3fn)
+    assert np.array_equal(rows[:, 4:], expected.view(torch.uint8).numpy())
+    assert np.array_equal(tensor.decode(), expected.float().numpy() * scale)
+    # Half a step of 2^-3 below a power of two for normal numbers, half of 2^-9 of the scale below.
+    assert (np.abs(tensor.decode() - values) <= np.maximum(np.abs(values) * 2**-4, scale * 2**-10) * (1 + 1e-6)).all()
+
+
+def test_no_value_is_beyond_fp8_but_what_is_not_finite() -> None:
+    for value in (np.inf, np.nan):
+        with pytest.raises(ModelError, match="cannot be written as fp8"):
+            Tensor.from_array(np.array([[1, value]], np.float32), "fp8")
+    huge = np.array([[3e38, -1e30], [1e-42, 1e-41]], np.float32)
+    assert Tensor.from_array(huge, "fp8").decode()[0, 0] == pytest.approx(3e38, rel=2**-4)
+    assert not Tensor.from_array(huge, "fp8").decode()[1].any()
+
+
 def test_rows_pick_bytes() -> None:
     values = random_values(12, 64, 6)
     index = np.array([3, 0, 11, 3])
@@ -167,8 +203,9 @@ def test_rows_pick_bytes() -> None:
         assert np.array_equal(picked.decode(), tensor.decode()[index])
     vector = Tensor.from_array(values[4], "bf16").rows(np.array([5, 1]))
     assert vector.shape == (2,)
-    with pytest.raises(ModelError, match="share blocks of 32"):
-        Tensor.from_array(values[4], "q8_0").rows(np.array([0]))
+    for name, shared in (("q8_0", "share blocks of 32"), ("fp8", "share one scale")):
+        with pytest.raises(ModelError, match=shared):
+            Tensor.from_array(values[4], name).rows(np.array([0]))
 
 
 def test_shapes_without_elements_and_scalars() -> None:

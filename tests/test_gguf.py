@@ -69,7 +69,11 @@ def test_the_gguf_package_reads_what_finial_writes(tmp_path: Path) -> None:
     tensors = {
         f"blk.0.{name}": Tensor.from_array(values(3, 256), name if row.encode else "f32")
         for name, row in FORMATS.items()
+        if row.gguf_type is not None
     }
+    fp8 = Tensor.from_array(values(3, 256), "fp8")
+    with pytest.raises(ModelError, match="no file holds fp8"):
+        write_gguf(path, {}, [("w", fp8.format, fp8.shape, fp8.slabs())])
     tensors["vector"] = Tensor.from_array(values(5), "bf16")  # its end is not aligned
     metadata = {
         "general.architecture": "llama",

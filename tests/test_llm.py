@@ -346,6 +346,7 @@ def test_a_score_that_does_not_fit_is_refused(llm: LLM, monkeypatch: pytest.Monk
         ({"max_batch": 9, "max_step_tokens": 8}, RequestError, "max_step_tokens=8 is less than max_batch=9"),
         ({"format": "q9_9"}, ModelError, "q9_9"),
         ({"format": "q6_k"}, ModelError, "q6_k can be read, not written"),
+        ({"format": "fp8", "backend": "cpu"}, BackendError, r"cpu backend has no kernel for .* in fp8"),
         ({"kv_format": "int3"}, ModelError, "int3"),
         ({"backend": "abacus"}, BackendError, "abacus"),
         ({"model": "no/such/model"}, FinialError, "no/such/model"),

@@ -25,7 +25,7 @@ from finial.formats import Tensor
 from finial.graph import single_step
 from finial.models.decoder import build_graph, constants
 from here import BACKENDS
-from rounded import rounding_reference
+from rounded import product_rounding, rounding_reference
 
 TOKENS = np.random.default_rng(0).integers(0, 160, 150).tolist()
 PAGE = 16
@@ -96,9 +96,7 @@ def test_rounded_inputs_cost_what_rounding_costs(
     Both round at the same places, but the last bit before a rounding differs, and where it decides, the two go apart
     by a whole step: the more so the further on.  Unrelated errors of this size would be the root of 2 of it apart.
     """
-    compare_with_rounding_reference(
-        lambda engine: compiled(saved[name], engine, format=format), backend, rounds(backend, format)
-    )
+    compare_with_rounding_reference(lambda engine: compiled(saved[name], engine, format=format), backend, format)
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
@@ -117,22 +115,22 @@ def test_k_quants_cost_what_rounding_costs(backend: str) -> None:
         executable.reserve(pages=32, page_size=PAGE)
         return executable
 
-    compare_with_rounding_reference(build, backend, precision.pop())
+    compare_with_rounding_reference(build, backend, "q4_k")
     for key, tensor in weights.items():  # a group's range is some 4 standard deviations in 2^bits - 1 steps
         if tensor.format != "f32":
             value = made.state_dict()[key].numpy()
             assert root_mean_square(tensor.decode() - value, value) < 2.0 ** (1 - int(tensor.format[1]))
 
 
-def compare_with_rounding_reference(build: Callable[[str], Executable], backend: str, precision: str) -> None:
-    """A model on a backend that rounds the inputs of products to `precision`, as the test above says."""
+def compare_with_rounding_reference(build: Callable[[str], Executable], backend: str, format: str) -> None:
+    """A model on a backend that rounds the inputs of products with weights of this format, as the test above says."""
     step = single_step(TOKENS, PAGE)
     exact = build("reference").run(step)
     got = build(backend).run(step)
-    if precision == "f32":
+    if rounds(backend, format) == "f32":
         assert relative_error(got, exact) < TOLERANCE
         return
-    with rounding_reference(activations=precision):
+    with rounding_reference(**product_rounding(get_backend(backend), format)):
         rounded = build("reference").run(step)
     cost = root_mean_square(rounded - exact, exact)
     assert 2**-12 < cost < 0.1

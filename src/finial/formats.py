@@ -37,17 +37,20 @@ class Format:
         name: what users type.
         block: elements per block along the last axis.
         block_bytes: bytes per block.
-        gguf_type: ggml's number for it (ggml.h `enum ggml_type`).
+        gguf_type: ggml's number for it (ggml.h `enum ggml_type`); None: no file holds it, it is made at load.
         decode: uint8 [n_blocks, block_bytes] -> float32 [n_blocks, block].
         encode: float32 [n_blocks, block] -> uint8 [n_blocks, block_bytes]; None where finial only reads.
+        row_bytes: what stands before each row of the last axis, such as a scale for all of it.  Where it is not 0,
+            decode and encode take whole rows, as if a block were a row: [n, K], [n, row_bytes + K * block_bytes].
     """
 
     name: str
     block: int
     block_bytes: int
-    gguf_type: int
+    gguf_type: int | None
     decode: Callable[[Bytes], Floats]
     encode: Callable[[Floats], Bytes] | None
+    row_bytes: int = 0
 
     @property
     def bits_per_weight(self) -> float:
@@ -62,7 +65,15 @@ class Format:
                 f"shape {list(shape)} cannot be {self.name}: its last axis is not a multiple of {self.block}",
                 fix="keep this tensor in f32, f16 or bf16",
             )
-        return math.prod(shape) // self.block * self.block_bytes
+        heads = math.prod(shape[:-1]) * self.row_bytes if shape else self.row_bytes
+        return heads + math.prod(shape) // self.block * self.block_bytes
+
+    def unit(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """(elements, bytes) of what decode and encode take: a block, or a row where rows have something before them."""
+        if not self.row_bytes:
+            return self.block, self.block_bytes
+        last = shape[-1] if shape else 1
+        return last, self.row_bytes + last // self.block * self.block_bytes
 
 
 # --- floats ---------------------------------------------------------------------------------------------------------
@@ -276,6 +287,47 @@ def _decode_q6_k(blocks: Bytes) -> Floats:
     return groups.reshape(n, 256)
 
 
+# --- one byte with a scale for each row -----------------------------------------------------------------------------
+
+FP8_LARGEST = 448.0  # of e4m3 without infinities (OCP 8-bit floating point specification, 1.0, table 1)
+
+
+def e4m3(data: Bytes) -> Floats:
+    """Bytes to their values: sign, four bits of exponent, three of mantissa; finial writes no NaN.
+
+    Sign, exponent and mantissa moved into an f16 are the value times 2^-8, subnormals too.
+    """
+    bits = data.astype(np.uint16)
+    half = ((bits & np.uint16(0x80)) << np.uint16(8) | (bits & np.uint16(0x7F)) << np.uint16(7)).view(np.float16)
+    out = half.astype(np.float32)
+    out *= np.float32(256)
+    return out
+
+
+def _decode_fp8(rows: Bytes) -> Floats:
+    out = e4m3(rows[:, 4:])
+    out *= np.ascontiguousarray(rows[:, :4]).view("<f4")
+    return out
+
+
+def _encode_fp8(values: Floats) -> Bytes:
+    """To nearest even, each row scaled so that its largest magnitude is 448; one below 2^-100 is all zeros."""
+    largest = np.abs(values).max(axis=1, keepdims=True)
+    if not np.isfinite(largest).all():
+        raise _too_large(float(largest[~np.isfinite(largest)][0]), "fp8", float(np.finfo(np.float32).max))
+    scale = np.where(largest > 2.0**-100, largest / np.float32(FP8_LARGEST), np.float32(1)).astype(np.float32)
+    scaled = values / scale
+    # Steps between neighbours are 2^-3 of the power of two below, and 2^-9 from the smallest normal 2^-6 down.
+    _, exponent = np.frexp(scaled)
+    step = np.ldexp(np.float32(1), np.maximum(exponent - 1, -6) - 3).astype(np.float32)
+    rounded = np.clip(np.rint(scaled / step) * step, -FP8_LARGEST, FP8_LARGEST)
+    half = (rounded * np.float32(2.0**-8)).astype(np.float16).view(np.uint16)  # exact: see e4m3
+    out = np.empty((values.shape[0], 4 + values.shape[1]), np.uint8)
+    out[:, :4] = scale.astype("<f4").view(np.uint8)
+    out[:, 4:] = (half >> np.uint16(8) & np.uint16(0x80)) | (half >> np.uint16(7) & np.uint16(0x7F))
+    return out
+
+
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
         row.name: row
@@ -291,6 +343,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             Format("q4_k", 256, 144, 12, _decode_q4_k, None),
             Format("q5_k", 256, 176, 13, _decode_q5_k, None),
             Format("q6_k", 256, 210, 14, _decode_q6_k, None),
+            Format("fp8", 1, 1, None, _decode_fp8, _encode_fp8, row_bytes=4),
         )
     }
 )
@@ -372,13 +425,16 @@ class Tensor:
         if target.encode is None:
             writable = ", ".join(row.name for row in FORMATS.values() if row.encode)
             raise ModelError(f"finial reads {target.name} but does not write it", fix=f"use one of {writable}")
-        encode = target.encode
-        return (encode(values.reshape(-1, target.block)).reshape(-1) for values in self._decoded())
+        encode, (unit, _) = target.encode, target.unit(self.shape)
+        return (encode(values.reshape(-1, unit)).reshape(-1) for values in self._decoded(unit))
 
-    def _decoded(self) -> Iterator[Floats]:
+    def _decoded(self, whole: int = 1) -> Iterator[Floats]:
+        """Values in order, in pieces of a multiple of `whole` elements."""
         source = get_format(self.format)
-        blocks = self.data.reshape(-1, source.block_bytes)
-        step = SLAB // source.block
+        unit, unit_bytes = source.unit(self.shape)
+        blocks = self.data.reshape(-1, unit_bytes)
+        together = math.lcm(unit, whole)
+        step = max(1, SLAB // together) * together // unit
         for at in range(0, blocks.shape[0], step):
             # A damaged scale may be an infinity or a NaN; it must come out as one, not as a warning.
             with np.errstate(invalid="ignore", over="ignore"):
@@ -397,9 +453,10 @@ class Tensor:
 
     def _element_bytes(self) -> int:
         row = get_format(self.format)
-        if row.block != 1:
+        if row.block != 1 or row.row_bytes:
+            shared = f"blocks of {row.block}" if row.block != 1 else "one scale"
             raise ModelError(
-                f"cannot pick elements of a one-dimensional {self.format} tensor: they share blocks of {row.block}",
+                f"cannot pick elements of a one-dimensional {self.format} tensor: they share {shared}",
                 fix="decode it first",
             )
         return row.block_bytes

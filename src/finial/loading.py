@@ -21,7 +21,7 @@ def weights_in(checkpoint: Checkpoint, format: str | None) -> dict[str, Tensor]:
     if format is None:
         return dict(checkpoint.tensors)
     if get_format(format).encode is None:
-        raise ModelError(f"format {format} can be read, not written", fix="choose f32, f16, bf16, q8_0 or q4_0")
+        raise ModelError(f"format {format} can be read, not written", fix="choose f32, f16, bf16, q8_0, q4_0 or fp8")
     weights = {}
     for name, tensor in checkpoint.tensors.items():
         try:

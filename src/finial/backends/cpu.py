@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from finial.backends import Timing
 from finial.backends.cpu_plan import Products, plan
 from finial.errors import BackendError
-from finial.formats import Reencoded, Tensor
+from finial.formats import FORMATS, Reencoded, Tensor
 from finial.graph import Dim, Graph, Node, Value
 
 try:
@@ -338,9 +338,11 @@ class CpuBackend:
     Attributes:
         threads: how many threads a step runs on.
         isa: instruction set of the kernels: "baseline", "avx2" or "avx512"; "neon" or "neon_dot" on ARM.
+        formats: of matrices that it multiplies.
     """
 
     name = "cpu"
+    formats = tuple(name for name in FORMATS if name != "fp8")  # fp8 would have to be decoded for each step
 
     def __init__(self, threads: int | None = None, isa: str = "") -> None:
         self._pool = _native.Pool(threads or 0)
@@ -381,7 +383,17 @@ class CpuBackend:
         return _native.attention_precision(dtype, self._isa)
 
     def compile(self, graph: Graph, weights: Mapping[str, Tensor]) -> CpuProgram:
-        """See `finial.backends.Backend.compile`; every format of formats.py, packed or in place."""
+        """See `finial.backends.Backend.compile`; every format of formats.py but fp8, packed or in place.
+
+        Raises:
+            BackendError: a matrix in another format.
+        """
+        for value in graph.of_kind("weight"):
+            if len(value.shape) == 2 and (format := weights[value.name].format) not in self.formats:
+                raise BackendError(
+                    f"the cpu backend has no kernel for {value.name} in {format}",
+                    fix="use --backend cuda, or another --format: q8_0 is as small",
+                )
         return CpuProgram(graph, weights, self._pool, self._isa)
 
 

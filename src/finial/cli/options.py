@@ -47,7 +47,10 @@ IgnoreEos = Annotated[
 ]
 Format = Annotated[
     str | None,
-    typer.Option(help="Weight format: f32, f16, bf16, q8_0, q4_0 (default: as stored).", rich_help_panel=_RUNNING),
+    typer.Option(
+        help="Weight format: f32, f16, bf16, q8_0, q4_0; with --backend cuda also fp8 (default: as stored).",
+        rich_help_panel=_RUNNING,
+    ),
 ]
 Backend = Annotated[
     str, typer.Option(help="auto, cpu, cuda, reference, or several joined by +.", rich_help_panel=_RUNNING)

@@ -45,7 +45,7 @@ OTHER_TYPES = {
     29: "IQ1_M", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0", 36: "IQ4_NL_4_4",
     39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
-_BY_TYPE = {row.gguf_type: row for row in FORMATS.values()}
+_BY_TYPE = {row.gguf_type: row for row in FORMATS.values() if row.gguf_type is not None}
 
 # Far above any real file (a vocabulary is below 2^19 tokens, a model below 2^14 tensors), low enough that a damaged
 # count inside a file of many GB cannot fill the memory before the damage shows.
@@ -283,7 +283,7 @@ class _Reader:
             raise self.fail(f"{what} has shape {list(shape)}, more elements than any file can hold")
         if (row := _BY_TYPE.get(kind)) is None:
             if kind in OTHER_TYPES:
-                readable = ", ".join(found.name.upper() for found in FORMATS.values())
+                readable = ", ".join(found.name.upper() for found in _BY_TYPE.values())
                 raise self.fail(
                     f"{what} has type {OTHER_TYPES[kind]}, which finial does not decode",
                     fix=f"use a file of this model in one of {readable}",

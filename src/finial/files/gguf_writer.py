@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finial.errors import FileError
+from finial.errors import FileError, ModelError
 from finial.files.disk import Progress, Slab, atomic_file, shown
 from finial.files.gguf import ARRAY, DEFAULT_ALIGNMENT, MAGIC, MAX_ALIGNMENT, MAX_AXES, SCALARS, STRING
 from finial.formats import get_format
@@ -56,6 +56,8 @@ def write_gguf(
             )
         seen.add(name)
         row = get_format(format)
+        if row.gguf_type is None:
+            raise ModelError(f"no file holds {format}: it is made when a model is loaded", fix="write bf16 or q8_0")
         sizes.append(row.nbytes(shape))
         info += _string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], row.gguf_type, offset)
         offset += _padded(sizes[-1], alignment)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from finial.backends.cuda.device import Device
 from finial.backends.cuda.kernels import FORMATS
+from finial.backends.cuda.lower_values import SMALL_ROWS
 from finial.backends.cuda.program import CudaProgram, headroom
 from finial.formats import Tensor
 from finial.graph import Graph, Node
@@ -26,12 +27,12 @@ class CudaBackend:
 
     Attributes:
         formats: of matrices that it multiplies.
-        rounds_weights: where the input of a product becomes bf16, its weights do too.
+        small_rows: products of so many rows or fewer round nothing.
     """
 
     name = "cuda"
-    rounds_weights = True
-    formats = tuple(name for name in FORMATS if name != "fp8")
+    small_rows = SMALL_ROWS
+    formats = tuple(FORMATS)
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -58,16 +59,23 @@ class CudaBackend:
     def activation_precision(self, format: str) -> str:
         """What the input of a `linear` is rounded to: nothing up to 8 rows; bf16 beyond, on tensor cores.
 
-        There weights become bf16 too, so that both together change a product by at most 2^-8.
+        With `weight_precision`, both together change a product by at most 2^-8.
         """
         return "f32" if format == "f32" else "bf16"
+
+    def weight_precision(self, format: str) -> str:
+        """What weights (scale times level, where there are scales) are rounded to where the input of a product is.
+
+        "f32": nothing; bf16 weights and fp8's bytes are bf16 numbers already, and a row's scale stays float32.
+        """
+        return "bf16" if format in ("f16", "q8_0", "q4_0") else "f32"
 
     def attention_precision(self, kv_dtype: str) -> str:
         """What queries and attention weights are rounded to over such a cache, where a sequence has several rows."""
         return "f32" if kv_dtype == "f32" else "bf16"
 
     def compile(self, graph: Graph, weights: Mapping[str, Tensor]) -> CudaProgram:
-        """See `finial.backends.Backend.compile`; matrices in f32, bf16, f16, q8_0 or q4_0."""
+        """See `finial.backends.Backend.compile`; matrices in f32, bf16, f16, fp8, q8_0 or q4_0."""
         return CudaProgram(graph, weights, self.device)
 
 

@@ -161,8 +161,9 @@ class Model:
 
 def _format(name: str, tensor: Tensor) -> str:
     if tensor.format not in FORMATS:
+        others = ", ".join(format for format in FORMATS if format != "q8_0")
         raise BackendError(
             f"the cuda backend has no kernel for {name} in {tensor.format}",
-            fix=f"re-encode the weights with --format, one of {', '.join(f for f in FORMATS if f != 'fp8')}",
+            fix=f"re-encode the weights as they are loaded: --format q8_0 (or {others})",
         )
     return tensor.format
