@@ -31,6 +31,7 @@ HERE = Path(__file__).parent / "cuda"
 CXX = shutil.which("g++")
 FUNCTIONS: dict[Kernel, Any] = {}  # of all libraries loaded
 BASE = 0x10_0000_0000  # where arenas begin: inside what ThreadSanitizer leaves to a program
+ADDRESS_BASE = 0x2000_0000_0000  # what AddressSanitizer leaves
 FLAGS = [
     "-std=c++17",
     "-O1",
@@ -48,7 +49,7 @@ def compile_twin(kernels: Sequence[Kernel], extra: Sequence[str] = ("-shared",),
     assert CXX is not None
     text = program(kernels) + main
     key = hashlib.sha256(
-        "\0".join((text, sources_digest(), (HERE / "twin.h").read_text(), *extra)).encode()
+        "\0".join((text, sources_digest(), *(file.read_text() for file in sorted(HERE.iterdir())), *extra)).encode()
     ).hexdigest()
     folder = Path(tempfile.gettempdir()) / f"finial-twin-{os.getuid()}"
     folder.mkdir(exist_ok=True)
@@ -70,10 +71,10 @@ LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_i
 LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
-def _map(size: int) -> int:
-    """Fresh zeroed memory near BASE."""
+def _map(size: int, base: int) -> int:
+    """Fresh zeroed memory near `base`."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    address = LIBC.mmap(BASE, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    address = LIBC.mmap(base, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
     assert address and address != 2**64 - 1
     return int(address)
 
@@ -93,13 +94,14 @@ class TwinDevice:
         arena: int = 64 << 20,
         seed: int = 1,
         gather: set[Kernel] | None = None,
+        base: int = BASE,
     ) -> None:
         """`gather`: kernels are put there and nothing runs: `preload` compiles those of many programs at once."""
         self.name, self.capability, self.multiprocessors = "twin", capability, multiprocessors
         self.launched: list[Launch] = []  # by the last replay
         self.templates: set[str] = set()  # by all of them
         self._seed, self._gather = seed, gather
-        self.arena = (_map(arena), arena)
+        self.arena = (_map(arena, base), arena)
         self._sizes: dict[int, int] = {}
         self._free: list[tuple[int, int]] = [self.arena]
         self._queue: deque[Launch | tuple[int, bytes]] = deque()
@@ -203,8 +205,8 @@ class TwinDevice:
         self.snapshot(work / "snapshot")
         kernels = sorted({launch.kernel for launch in self.launched}, key=lambda kernel: kernel.name)
         table = ", ".join(kernel.name for kernel in kernels)
-        main = f'static const Entry ENTRIES[] = {{{table}}};\n#include "replay.h"\n'
-        main = "typedef void (*Entry)(u32, u32, u32, u32, u64, u32, const void*);\n" + main
+        main = f'static const Function FUNCTIONS[] = {{{table}}};\n#include "replay.h"\n'
+        main = "typedef void (*Function)(u32, u32, u32, u32, u64, u32, const void*);\n" + main
         extra = [f"-fsanitize={sanitizer}", "-g1", "-DFINIAL_TWIN_THREADS", "-fno-pie", "-no-pie"]
         program = compile_twin(kernels, extra, main)
         environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}

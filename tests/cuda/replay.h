@@ -26,7 +26,7 @@ int main(int, char** argv) {
     read_all(file, &saved, sizeof saved);
     std::vector<u64> args(saved.bytes / 8 + 1);
     read_all(file, args.data(), saved.bytes);
-    ENTRIES[saved.which](saved.x, saved.y, saved.z, saved.threads, saved.shared, (u32)i, args.data());
+    FUNCTIONS[saved.which](saved.x, saved.y, saved.z, saved.threads, saved.shared, (u32)i, args.data());
   }
   return 0;
 }

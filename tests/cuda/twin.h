@@ -2,12 +2,16 @@
 // sources.
 //
 // A CUDA thread is a fiber that is switched by hand wherever threads of a block or a warp meet; blocks run one after
-// another in a shuffled order.  With FINIAL_TWIN_THREADS it is an OS thread, so that ThreadSanitizer sees every access
-// between two meetings.  Asynchronous copies happen as late as they may: at the wait that needs them.
+// another in a shuffled order, those of a cooperative launch at once, each an OS thread that starts late at random.
+// With FINIAL_TWIN_THREADS a CUDA thread is an OS thread, so that ThreadSanitizer sees every access between two
+// meetings.  Asynchronous copies happen as late as they may, at the wait that needs them; bulk copies by a throw of the
+// dice at once or so late, or each in an OS thread of its own.
 // Knows no kernel; base.cuh includes it under FINIAL_TWIN.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdio>
@@ -24,7 +28,7 @@
 
 #define FINIAL_DEVICE inline
 #ifdef FINIAL_TWIN_THREADS
-#define __shared__ static  // one block at a time
+#define __shared__ static  // one block at a time; kernels of cooperative launches have dynamic shared memory alone
 #else
 #define __shared__ static thread_local
 #endif
@@ -54,17 +58,32 @@ struct Warp {
   Slot slots[2][WARP];
 };
 
-struct Block {
-  Dim3 index, grid, size;
-  Meeting meeting;
-  std::unique_ptr<Warp[]> warps;
-  u8* dynamic;
-};
-
 struct Copy {
   void* to;
   const void* from;
   bool valid;
+};
+
+struct Pending {  // what a barrier in shared memory still waits for: bytes of a bulk copy, or a lane's own copies
+  u64* barrier;
+  void* to;
+  const void* from;
+  u32 bytes;
+  std::vector<Copy> copies;
+};
+
+struct Block {
+  Dim3 index, grid, size;
+  Meeting meeting;
+  Meeting named[16];
+  std::unique_ptr<Warp[]> warps;
+  u8* dynamic;
+  std::vector<Pending> pending;
+  std::minstd_rand random;
+#ifdef FINIAL_TWIN_THREADS
+  std::mutex mutex;
+  std::vector<std::thread> copiers;
+#endif
 };
 
 struct Lane {
@@ -72,7 +91,7 @@ struct Lane {
   Dim3 thread{};
   int linear = 0;
   u32 exchanges = 0;
-  bool done = false;
+  bool done = false, idle = false;
   const Meeting* waiting = nullptr;
   u32 generation = 0;
   std::vector<std::vector<Copy>> groups{1};
@@ -130,7 +149,9 @@ inline void run_block(Block& block, Body body, const void* args, std::mt19937&) 
       leave(block.meeting);
     });
   for (auto& thread : threads) thread.join();
+  for (auto& copier : block.copiers) copier.join();
 }
+inline void pause() { std::this_thread::yield(); }
 #else
 struct Scheduler {
 #if defined(__x86_64__)
@@ -174,6 +195,11 @@ inline void leave(Meeting& m) {
   m.expected--;
   if (m.expected > 0 && m.arrived == m.expected) m.arrived = 0, m.generation++;
 }
+inline void pause() {  // of a thread that looks for something again and again
+  Lane& lane = *current;
+  lane.idle = true;
+  to_scheduler(lane);
+}
 inline void begin() {
   scheduler.body(scheduler.args);
   Lane& lane = *current;
@@ -209,16 +235,17 @@ inline void run_block(Block& block, Body body, const void* args, std::mt19937& r
   std::shuffle(order.begin(), order.end(), random);
   int left = count;
   while (left > 0) {
-    bool moved = false;
+    bool moved = false, busy = false;
     for (int i : order) {
       Lane& lane = lanes[i];
       if (lane.done || (lane.waiting && lane.waiting->generation == lane.generation)) continue;
-      lane.waiting = nullptr;
+      lane.waiting = nullptr, lane.idle = false;
       current = &lane;
       to_lane(lane);
-      moved = true;
+      moved = true, busy |= !lane.idle;
       left -= lane.done;
     }
+    if (moved && !busy) std::this_thread::yield();  // all that it has are waiting for another block
     if (!moved) {
       std::fprintf(stderr, "twin: the threads of block %u %u %u wait for each other\n", block.index.x, block.index.y,
                    block.index.z);
@@ -228,24 +255,45 @@ inline void run_block(Block& block, Body body, const void* args, std::mt19937& r
 }
 #endif
 
-inline void launch(Body body, const void* args, Dim3 grid, u32 threads, size_t shared, u32 seed) {
-  std::mt19937 random(seed);
+inline void launch_block(Body body, const void* args, Dim3 grid, u32 threads, u32 i, u8* dynamic, size_t shared,
+                         std::mt19937& random) {
+  const int warps = ((int)threads + WARP - 1) / WARP;
+  Block block;
+  block.index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+  block.grid = grid, block.size = {threads, 1, 1};
+  block.meeting.expected = (int)threads;
+  block.warps.reset(new Warp[warps]);
+  for (int w = 0; w < warps; w++) block.warps[w].meeting.expected = std::min(WARP, (int)threads - w * WARP);
+  block.random.seed((u32)random());
+  std::memset(dynamic, 0xff, shared + 128);  // NaN: nothing may count on what shared memory holds
+  block.dynamic = (u8*)(((u64)dynamic + 127) & ~(u64)127);
+  run_block(block, body, args, random);
+}
+inline std::vector<u32> shuffled(Dim3 grid, std::mt19937& random) {
   std::vector<u32> order((size_t)grid.x * grid.y * grid.z);
   for (size_t i = 0; i < order.size(); i++) order[i] = (u32)i;
   std::shuffle(order.begin(), order.end(), random);
+  return order;
+}
+inline void launch(Body body, const void* args, Dim3 grid, u32 threads, size_t shared, u32 seed) {
+  std::mt19937 random(seed);
   std::unique_ptr<u8[]> dynamic(new u8[shared + 128]);
-  const int warps = ((int)threads + WARP - 1) / WARP;
-  for (u32 i : order) {
-    Block block;
-    block.index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
-    block.grid = grid, block.size = {threads, 1, 1};
-    block.meeting.expected = (int)threads;
-    block.warps.reset(new Warp[warps]);
-    for (int w = 0; w < warps; w++) block.warps[w].meeting.expected = std::min(WARP, (int)threads - w * WARP);
-    std::memset(dynamic.get(), 0xff, shared + 128);  // NaN: nothing may count on what shared memory holds
-    block.dynamic = (u8*)(((u64)dynamic.get() + 127) & ~(u64)127);
-    run_block(block, body, args, random);
+  for (u32 i : shuffled(grid, random)) launch_block(body, args, grid, threads, i, dynamic.get(), shared, random);
+}
+// All blocks at once.  Each starts up to 2 ms late.
+inline void launch_together(Body body, const void* args, Dim3 grid, u32 threads, size_t shared, u32 seed) {
+  std::mt19937 random(seed);
+  std::vector<std::thread> blocks;
+  for (u32 i : shuffled(grid, random)) {
+    const u32 own = (u32)random(), late = random() % 4 ? 0 : (u32)random() % 2000;
+    blocks.emplace_back([=] {
+      std::mt19937 of_block(own);
+      std::unique_ptr<u8[]> dynamic(new u8[shared + 128]);
+      std::this_thread::sleep_for(std::chrono::microseconds(late));
+      launch_block(body, args, grid, threads, i, dynamic.get(), shared, of_block);
+    });
   }
+  for (auto& block : blocks) block.join();
 }
 
 // Every lane gives a value and sees those of its warp.  Two sets of slots in turn, so one meeting is enough.
@@ -278,6 +326,14 @@ T get(const Slot& slot) {
                                                               const void* args) {                                   \
     if (count != (threads)) std::abort();                                                                           \
     twin::launch(name##_body, args, {x, y, z}, count, shared, seed);                                                \
+  }
+// Of a launch whose blocks wait for each other.
+#define FINIAL_COOPERATIVE(name, threads, blocks, Args, body)                                                       \
+  static void name##_body(const void* args) { body(*static_cast<const Args*>(args)); }                              \
+  extern "C" __attribute__((visibility("default"))) void name(u32 x, u32 y, u32 z, u32 count, u64 shared, u32 seed, \
+                                                              const void* args) {                                   \
+    if (count != (threads)) std::abort();                                                                           \
+    twin::launch_together(name##_body, args, {x, y, z}, count, shared, seed);                                       \
   }
 #define FINIAL_DYNAMIC_SHARED(name) u8* const name = twin::current->block->dynamic
 
@@ -411,6 +467,139 @@ void copy_wait() {
         *(Vec4*)copy.to = Vec4{0, 0, 0, 0};
     groups.erase(groups.begin());
   }
+}
+
+// --- between blocks
+// ---------------------------------------------------------------------------------------------------
+
+inline void random_delay() {  // before what another block sees: orders of events that a quiet machine never shows
+#ifdef FINIAL_TWIN_THREADS
+  twin::delay();
+#else
+  const u32 dice = (u32)twin::current->block->random();
+  if (dice % 16 == 0) twin::pause();
+  if (dice % 512 == 1) std::this_thread::sleep_for(std::chrono::microseconds(dice / 512 % 200));
+#endif
+}
+inline u32 load_acquire(const u32* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+inline void add_release(u32* p, u32 v) {
+  random_delay();
+  __atomic_fetch_add(p, v, __ATOMIC_RELEASE);
+}
+inline u32 add_acquire_release(u32* p, u32 v) {
+  random_delay();
+  return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
+}
+inline u32 load_volatile(const u32* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+inline void store_volatile(u32* p, u32 v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+inline bool replace_if(u32* p, u32 expected, u32 v) {
+  return __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+}
+inline Float4 load_float4(const float* p) { return load_aligned<Float4>(p); }
+inline i32 load_written(const i32* p) { return *p; }
+inline u64 load_u64(const u64* p) { return load_aligned<u64>(p); }
+inline u16 load_cached_half(const void* p) { return load_aligned<u16>(p); }
+inline u64 nanoseconds() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return (u64)std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+}
+inline void pause() { twin::pause(); }
+
+// --- within a block
+// ---------------------------------------------------------------------------------------------------
+
+template <int ID>
+void sync_some(int threads) {
+  static_assert(ID > 0 && ID < 16, "0 is that of all threads");
+  twin::Meeting& meeting = twin::current->block->named[ID];
+#ifdef FINIAL_TWIN_THREADS
+  {
+    std::unique_lock<std::mutex> lock(meeting.mutex);
+    meeting.expected = threads;
+  }
+#else
+  meeting.expected = threads;
+#endif
+  twin::meet(meeting);
+}
+inline u32 load_block(const u32* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+inline void store_block(u32* p, u32 v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+
+// A barrier object is a word: arrivals of a phase (12 bits), those that are pending (12), the phase (1), bytes (the
+// upper 32, signed, as they may be done before they are expected).
+inline void barrier_change(u64* barrier, int arrivals, int bytes) {
+  u64 old = __atomic_load_n(barrier, __ATOMIC_RELAXED), changed;
+  do {
+    const u64 expected = old & 4095;
+    int pending = (int)(old >> 12 & 4095) - arrivals;
+    u64 phase = old >> 24 & 1;
+    const int left = (int)(u32)(old >> 32) + bytes;
+    if (pending < 0) {
+      std::fprintf(stderr, "twin: more arrivals than a barrier expects\n");
+      std::abort();
+    }
+    if (pending == 0 && left == 0) phase ^= 1, pending = (int)expected;
+    changed = expected | (u64)pending << 12 | phase << 24 | (u64)(u32)left << 32;
+  } while (!__atomic_compare_exchange_n(barrier, &old, changed, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
+}
+inline void barrier_init(u64* barrier, int count) {
+  __atomic_store_n(barrier, (u64)count | (u64)count << 12, __ATOMIC_RELAXED);
+}
+inline void barrier_fence() {}
+inline void barrier_arrive(u64* barrier) { barrier_change(barrier, 1, 0); }
+inline void barrier_arrive_expecting(u64* barrier, u32 bytes) { barrier_change(barrier, 1, (int)bytes); }
+inline void complete(const twin::Pending& pending) {
+  if (pending.bytes) {
+    std::memcpy(pending.to, pending.from, pending.bytes);
+    barrier_change(pending.barrier, 0, -(int)pending.bytes);
+  } else {
+    for (const auto& copy : pending.copies) *(Vec4*)copy.to = load_aligned<Vec4>(copy.from);
+    barrier_change(pending.barrier, 1, 0);
+  }
+}
+inline void start(twin::Pending pending) {
+  twin::Block* block = twin::current->block;
+#ifdef FINIAL_TWIN_THREADS
+  std::unique_lock<std::mutex> lock(block->mutex);
+  block->copiers.emplace_back([pending] { complete(pending); });
+#else
+  if (block->random() % 2)
+    complete(pending);
+  else
+    block->pending.push_back(std::move(pending));
+#endif
+}
+// True when the phase of that parity is complete.
+inline bool barrier_test(u64* barrier, u32 parity) {
+  const u64 now = __atomic_load_n(barrier, __ATOMIC_ACQUIRE);
+  if ((now >> 24 & 1) != parity) return true;
+#ifndef FINIAL_TWIN_THREADS
+  auto& pending = twin::current->block->pending;
+  for (size_t i = 0; i < pending.size(); i++)
+    if (pending[i].barrier == barrier && twin::current->block->random() % 2) {
+      complete(pending[i]);
+      pending.erase(pending.begin() + (long)i);
+      break;
+    }
+#endif
+  return false;
+}
+inline void copy_bulk(void* shared, const void* global, u32 bytes, u64* barrier) {
+  if ((u64)shared % 16 || (u64)global % 16 || bytes % 16 || bytes == 0) {
+    std::fprintf(stderr, "twin: a bulk copy of %u bytes from %p to %p\n", bytes, global, shared);
+    std::abort();
+  }
+  start({barrier, shared, global, bytes, {}});
+}
+// The barrier gets an arrival when the calling lane's copies so far are done.
+inline void copy_arrive(u64* barrier) {
+  auto& groups = twin::current->groups;
+  start({barrier, nullptr, nullptr, 0, std::move(groups.back())});
+  groups.back().clear();
+}
+inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
+  auto half = [](u32 pair, int which) { return as_float(which ? pair & 0xffff0000u : pair << 16); };
+  return pack_bf16(std::fma(half(a, 0), half(b, 0), half(c, 0)), std::fma(half(a, 1), half(b, 1), half(c, 1)));
 }
 
 }  // namespace ptx

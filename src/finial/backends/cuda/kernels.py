@@ -75,6 +75,7 @@ class Kernel:
         threads, blocks: launch bounds: threads of a block, and blocks that must fit a multiprocessor.
         shared: dynamic shared memory in bytes.
         least_arch: the lowest compute capability it runs on, as 80.
+        cooperative: its blocks wait for each other, so all must be resident at once.
     """
 
     template: str
@@ -85,6 +86,7 @@ class Kernel:
     blocks: int = 1
     shared: int = 0
     least_arch: int = 75
+    cooperative: bool = False
 
     @functools.cached_property
     def name(self) -> str:
@@ -96,9 +98,10 @@ class Kernel:
     def source(self) -> str:
         """What is compiled, after an include of the header."""
         body = "".join(f"    {line};\n" for line in self.constants)
+        macro = "FINIAL_COOPERATIVE" if self.cooperative else "FINIAL_KERNEL"
         return (
             f"struct {self.name}_constants {{\n{body}}};\n"
-            f"FINIAL_KERNEL({self.name}, {self.threads}, {self.blocks}, {self.args}, "
+            f"{macro}({self.name}, {self.threads}, {self.blocks}, {self.args}, "
             f"{self.template}<{self.name}_constants>)\n"
         )
 
@@ -420,4 +423,5 @@ def sample_ahead(vocab: int, page_size: int, ring: int, ring_rows: int) -> Kerne
 def mega(*, warps: int, shared: int, **values: int | float | bool | str) -> Kernel:
     """See mega.cuh; `warps` that compute, one more brings weights; the values are those of mega/table.py."""
     constants = _constants(WARPS=warps, **values)
-    return Kernel("mega", "mega.cuh", "MegaArgs", constants, 32 * (warps + 1), shared=shared, least_arch=80)
+    threads = 32 * (warps + 1)
+    return Kernel("mega", "mega.cuh", "MegaArgs", constants, threads, shared=shared, least_arch=80, cooperative=True)

@@ -52,6 +52,7 @@ FINIAL_DEVICE void advance_row(const AheadArgs& a, int row, AheadRow state, i32 
 // THREADS and what advance_row takes.  One block a row.
 template <class C>
 FINIAL_DEVICE void sample_ahead(const AheadArgs& a) {
+  __shared__ typename Sample<C>::Scratch scratch;
   const int row = blockIdx.x;
   ptx::allow_next();
   ptx::wait_previous();
@@ -59,7 +60,7 @@ FINIAL_DEVICE void sample_ahead(const AheadArgs& a) {
   i32 token = ENDED;
   if (state.left > 0) {
     const double draw = a.draws[(u64)state.step * gridDim.x + row];
-    token = Sample<C>::choose(a.logits + (u64)row * a.stride, a.vocab, a.requests[row], draw);
+    token = Sample<C>::choose(a.logits + (u64)row * a.stride, a.vocab, a.requests[row], draw, scratch);
   }
   ptx::sync_block();  // every thread has read what the first one changes now
   if (threadIdx.x == 0) advance_row<C>(a, row, state, token);

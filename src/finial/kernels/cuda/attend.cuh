@@ -8,6 +8,7 @@
 // and the block that has the newest position also makes its key and value; nobody else reads them in this step.
 #pragma once
 #include "rows.cuh"
+#include "team.cuh"
 
 struct AttendArgs {
   const float *q, *k, *v;  // rows of q_stride and kv_stride floats
@@ -24,9 +25,20 @@ struct AttendArgs {
   i32 padding;
 };
 
+// What a block does of it: a stretch of the positions for some query heads of one key/value head.
+struct AttendItem {
+  const float *q, *k, *v;  // the heads' queries one after another; key and value of the newest position
+  const float *q_norm, *k_norm, *frequencies;
+  u8* cache;
+  const i32* pages;  // of this sequence
+  i32 position, slot, head, heads, begin, end;
+  bool newest;  // the stretch ends with the newest position, whose key and value go into the cache
+  float eps, rope_scale, scale;
+};
+
 // Cache, D, HEADS (key/value), GROUP, GB, WARPS, U, SPLITS, PAGE, WINDOW (0: none), FUSED, NORMED, HALF (result in
-// bf16).
-template <class C>
+// bf16).  Team: the first WARPS warps of a block, and how they meet.
+template <class C, class Team = AllThreads>
 struct Attend {
   using Cache = typename C::Cache;
   static constexpr int D = C::D, GB = C::GB, U = C::U, P = Cache::P, VEC = Cache::VEC, VECS = P / VEC,
@@ -35,19 +47,22 @@ struct Attend {
   static constexpr int PER_LANE = ceil_div(VECS, LANES), TEAMS = 32 / LANES, ALL_TEAMS = C::WARPS * TEAMS;
   static constexpr int STEP = ALL_TEAMS * U, PARTS = ceil_div(C::GROUP, GB);
   static constexpr float NONE = -1e30f;
+  struct Scratch {
+    float queries[GB + 1][D];  // and the new key
+    float value[D];
+    float cosine[D / 2], sine[D / 2];
+    float merged[C::WARPS][GB][P + 2];
+  };
 
   FINIAL_DEVICE static void run(const AttendArgs& a) {
-    __shared__ float queries[GB + 1][D];  // and the new key
-    __shared__ float cosine[D / 2], sine[D / 2];
-    __shared__ float merged[C::WARPS][GB][P + 2];
+    __shared__ Scratch scratch;
     __shared__ u32 ticket;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int split = blockIdx.x, head = blockIdx.y / PARTS, part = blockIdx.y % PARTS, row = blockIdx.z;
     const int heads = GB < C::GROUP - part * GB ? GB : C::GROUP - part * GB;
     const int first_head = head * C::GROUP + part * GB;
     ptx::allow_next();
     const int sequence = a.sequence[row], position = a.positions[row];
-    const int low = C::WINDOW > 0 && position >= C::WINDOW ? position - C::WINDOW + 1 : 0;
+    const int low = first_seen(position);
     const int count = sequence < 0 ? 0 : position + 1 - low;
     const int per = round_up(ceil_div(count, SPLITS), STEP), active = count > 0 ? ceil_div(count, per) : 0;
     if (split >= active) {
@@ -56,18 +71,62 @@ struct Attend {
         for (int i = threadIdx.x; i < heads * D; i += C::WARPS * 32) put(a, row, first_head * D + i, 0.0f);
       return;
     }
-    const int begin = low + split * per, end = begin + per < position + 1 ? begin + per : position + 1;
-    const bool newest = C::FUSED && split == active - 1;
-    const i32* pages = a.pages + (u64)sequence * a.page_stride;
-    {  // the first rows come into L2 while the kernel before ends
-      const int at = begin + threadIdx.x;
-      if (threadIdx.x < STEP && at < end - 1) {
-        const u8* key = a.cache + address(pages, at, 0, head);
-        for (int i = 0; i < Cache::ROW_BYTES; i += 128) ptx::prefetch_l2(key + i);
-      }
-    }
+    AttendItem item;
+    item.q = a.q + (u64)row * a.q_stride + first_head * D;
+    item.k = a.k + (u64)row * a.kv_stride + head * D, item.v = a.v + (u64)row * a.kv_stride + head * D;
+    item.q_norm = a.q_norm, item.k_norm = a.k_norm, item.frequencies = a.frequencies;
+    item.cache = a.cache, item.pages = a.pages + (u64)sequence * a.page_stride;
+    item.position = position, item.head = head, item.heads = heads;
+    item.begin = low + split * per;
+    item.end = item.begin + per < position + 1 ? item.begin + per : position + 1;
+    item.newest = C::FUSED && split == active - 1;
+    item.slot = item.newest ? a.slots[row] : 0;
+    item.eps = a.eps, item.rope_scale = a.rope_scale, item.scale = a.scale;
+    prefetch(item);  // the first rows come into L2 while the kernel before ends
     ptx::wait_previous();
-    prepare(a, queries, cosine, sine, row, position, head, first_head, heads, newest);
+    scan(item, scratch);
+    combine(scratch, heads, [&](int g, int e, float best, float sum, float weight) {
+      if (active == 1) {
+        put(a, row, (first_head + g) * D + e, sum / weight);
+      } else {
+        keep_part(parts(a, row, first_head + g, split), e, best, sum, weight);
+      }
+    });
+    if (active == 1) return;
+    ptx::fence_device();
+    ptx::sync_block();
+    u32* counter = a.tickets + (u64)row * gridDim.y + blockIdx.y;
+    if (threadIdx.x == 0) ticket = ptx::atomic_add(counter, 1);
+    ptx::sync_block();
+    if (ticket != (u32)active - 1) return;
+    ptx::fence_device();
+    if (threadIdx.x == 0) *counter = 0;
+    merge(
+        active, heads, [&](int g, int s) { return (const float*)parts(a, row, first_head + g, s); },
+        [&](int g, int e, float v) { put(a, row, (first_head + g) * D + e, v); });
+  }
+
+  // The lowest position that attention from this one sees.
+  FINIAL_DEVICE static int first_seen(int position) {
+    return C::WINDOW > 0 && position >= C::WINDOW ? position - C::WINDOW + 1 : 0;
+  }
+
+  FINIAL_DEVICE static void prefetch(const AttendItem& item) {
+    const int at = item.begin + threadIdx.x;
+    if (threadIdx.x < STEP && at < item.end - 1) {
+      const u8* key = item.cache + address(item.pages, at, 0, item.head);
+      for (int i = 0; i < Cache::ROW_BYTES; i += 128) ptx::prefetch_l2(key + i);
+    }
+  }
+
+  // Queries, then scores and sums over the stretch: what each warp has of it is left in `merged`.
+  FINIAL_DEVICE static void scan(const AttendItem& item, Scratch& scratch) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int heads = item.heads, head = item.head, begin = item.begin, end = item.end;
+    const i32* pages = item.pages;
+    float (*queries)[D] = scratch.queries;
+    float (*merged)[GB][P + 2] = scratch.merged;
+    prepare(item, scratch);
 
     float q[GB][PER_LANE][VEC], sums[GB][PER_LANE][VEC], top[GB], total[GB];
     const int team = warp * TEAMS + lane / LANES, own = lane % LANES;
@@ -89,7 +148,7 @@ struct Attend {
 #pragma unroll
       for (int u = 0; u < U; u++) {
         const int j = base + u * ALL_TEAMS + team, at = j < end ? j : end - 1;
-        const u8* key = a.cache + address(pages, at, 0, head);
+        const u8* key = item.cache + address(pages, at, 0, head);
         const u8* value = key + C::HEADS * Cache::ROW_BYTES;
 #pragma unroll
         for (int n = 0; n < PER_LANE; n++) {
@@ -178,46 +237,47 @@ struct Attend {
         if (lane == 0) merged[warp][g][P] = top[g], merged[warp][g][P + 1] = total[g];
       }
     }
-    ptx::sync_block();
+    Team::sync();
+  }
+
+  // put(g, e, best, sum, weight) for every value of every head: the warps' results together.
+  template <class Put>
+  FINIAL_DEVICE static void combine(const Scratch& scratch, int heads, Put put) {
     for (int i = threadIdx.x; i < heads * D; i += C::WARPS * 32) {
       const int g = i / D, e = i % D;
       float best = NONE, sum = 0.0f, weight = 0.0f;
-      for (int w = 0; w < C::WARPS; w++) best = merged[w][g][P] > best ? merged[w][g][P] : best;
+      for (int w = 0; w < C::WARPS; w++) best = scratch.merged[w][g][P] > best ? scratch.merged[w][g][P] : best;
       for (int w = 0; w < C::WARPS; w++) {
-        const float keep = ptx::exp2_fast(merged[w][g][P] - best);
-        sum += merged[w][g][e] * keep, weight += merged[w][g][P + 1] * keep;
+        const float keep = ptx::exp2_fast(scratch.merged[w][g][P] - best);
+        sum += scratch.merged[w][g][e] * keep, weight += scratch.merged[w][g][P + 1] * keep;
       }
-      if (active == 1) {
-        put(a, row, (first_head + g) * D + e, sum / weight);
-      } else {
-        float* to = parts(a, row, first_head + g, split);
-        to[e] = sum;
-        if (e == 0) to[D] = best, to[D + 1] = weight;
-      }
+      put(g, e, best, sum, weight);
     }
-    if (active == 1) return;
-    ptx::fence_device();
-    ptx::sync_block();
-    u32* counter = a.tickets + (u64)row * gridDim.y + blockIdx.y;
-    if (threadIdx.x == 0) ticket = ptx::atomic_add(counter, 1);
-    ptx::sync_block();
-    if (ticket != (u32)active - 1) return;
-    ptx::fence_device();
-    if (threadIdx.x == 0) *counter = 0;
+  }
+
+  // The result of one stretch [D + 2] for who merges them.
+  FINIAL_DEVICE static void keep_part(float* to, int e, float best, float sum, float weight) {
+    to[e] = sum;
+    if (e == 0) to[D] = best, to[D + 1] = weight;
+  }
+
+  // put(g, e, value): the stretches together, in their order; part(g, s) is where the result of one is.
+  template <class Part, class Put>
+  FINIAL_DEVICE static void merge(int active, int heads, Part part, Put put) {
     for (int i = threadIdx.x; i < heads * D; i += C::WARPS * 32) {
       const int g = i / D, e = i % D;
       float best = NONE, sum = 0.0f, weight = 0.0f;
       for (int s = 0; s < active; s++) {
-        const float other = ptx::load_shared_by_all(parts(a, row, first_head + g, s) + D);
+        const float other = ptx::load_shared_by_all(part(g, s) + D);
         best = other > best ? other : best;
       }
       for (int s = 0; s < active; s++) {
-        const float* from = parts(a, row, first_head + g, s);
+        const float* from = part(g, s);
         const float keep = ptx::exp2_fast(ptx::load_shared_by_all(from + D) - best);
         sum += ptx::load_shared_by_all(from + e) * keep;
         weight += ptx::load_shared_by_all(from + D + 1) * keep;
       }
-      put(a, row, (first_head + g) * D + e, sum / weight);
+      put(g, e, sum / weight);
     }
   }
 
@@ -236,16 +296,14 @@ struct Attend {
     return cache_at(slot, which, head, C::HEADS, Cache::ROW_BYTES);
   }
 
-  FINIAL_DEVICE static void prepare(const AttendArgs& a, float (*queries)[D], float* cosine, float* sine, int row,
-                                    int position, int head, int first_head, int heads, bool newest) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  FINIAL_DEVICE static void prepare(const AttendItem& item, Scratch& scratch) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = item.heads + (item.newest ? 1 : 0);
     const float log2e = 1.4426950408889634f;
-    for (int h = warp; h < heads + (newest ? 1 : 0); h += C::WARPS) {
-      const bool is_key = h == heads;
-      const float* from =
-          is_key ? a.k + (u64)row * a.kv_stride + head * D : a.q + (u64)row * a.q_stride + (first_head + h) * D;
-      const float* weight = is_key ? a.k_norm : a.q_norm;
-      float* to = queries[is_key ? GB : h];
+    for (int h = warp; h < rows; h += C::WARPS) {
+      const bool is_key = h == item.heads;
+      const float* from = is_key ? item.k : item.q + h * D;
+      const float* weight = is_key ? item.k_norm : item.q_norm;
+      float* to = scratch.queries[is_key ? GB : h];
       float squares = 0.0f;
       for (int i = lane; i < D; i += 32) {
         const float v = ptx::load_shared_by_all(from + i);
@@ -253,37 +311,37 @@ struct Attend {
         to[i] = v;
       }
       if (C::FUSED && C::NORMED) {
-        const float inverse = ptx::reciprocal_root(warp_sum(squares) / (float)D + a.eps);
+        const float inverse = ptx::reciprocal_root(warp_sum(squares) / (float)D + item.eps);
         for (int i = lane; i < D; i += 32) to[i] *= inverse * weight[i];
       }
       if (!C::FUSED)
-        for (int i = lane; i < D; i += 32) to[i] *= a.scale * log2e;
+        for (int i = lane; i < D; i += 32) to[i] *= item.scale * log2e;
     }
     if (C::FUSED)
       for (int i = threadIdx.x; i < D / 2; i += C::WARPS * 32)
-        rotation(position, a.frequencies[i], a.rope_scale, &cosine[i], &sine[i]);
-    ptx::sync_block();
+        rotation(item.position, item.frequencies[i], item.rope_scale, &scratch.cosine[i], &scratch.sine[i]);
+    Team::sync();
     if (!C::FUSED) return;
-    for (int i = threadIdx.x; i < (heads + (newest ? 1 : 0)) * (D / 2); i += C::WARPS * 32) {
+    for (int i = threadIdx.x; i < rows * (D / 2); i += C::WARPS * 32) {
       const int h = i / (D / 2), e = i % (D / 2);
-      float* head_row = queries[h == heads ? GB : h];
-      const float factor = h == heads ? 1.0f : a.scale * log2e;
+      float* head_row = scratch.queries[h == item.heads ? GB : h];
+      const float factor = h == item.heads ? 1.0f : item.scale * log2e;
       const float first = head_row[e], second = head_row[e + D / 2];
-      head_row[e] = (first * cosine[e] - second * sine[e]) * factor;
-      head_row[e + D / 2] = (second * cosine[e] + first * sine[e]) * factor;
+      head_row[e] = (first * scratch.cosine[e] - second * scratch.sine[e]) * factor;
+      head_row[e + D / 2] = (second * scratch.cosine[e] + first * scratch.sine[e]) * factor;
     }
-    ptx::sync_block();
-    if (!newest) return;
-    const int slot = a.slots[row];
-    if (warp == 0) Cache::store(a.cache + cache_at(slot, 0, head, C::HEADS, Cache::ROW_BYTES), queries[GB]);
+    Team::sync();
+    if (!item.newest) return;
+    if (warp == 0) Cache::store(item.cache + at_slot(item, 0), scratch.queries[GB]);
     if (warp == C::WARPS - 1) {
-      __shared__ float value[D];
-      const float* from = a.v + (u64)row * a.kv_stride + head * D;
-      for (int i = lane; i < D; i += 32) value[i] = ptx::load_shared_by_all(from + i);
+      for (int i = lane; i < D; i += 32) scratch.value[i] = ptx::load_shared_by_all(item.v + i);
       ptx::sync_warp();
-      Cache::store(a.cache + cache_at(slot, 1, head, C::HEADS, Cache::ROW_BYTES), value);
+      Cache::store(item.cache + at_slot(item, 1), scratch.value);
     }
-    ptx::sync_block();
+    Team::sync();
+  }
+  FINIAL_DEVICE static u64 at_slot(const AttendItem& item, int which) {
+    return cache_at(item.slot, which, item.head, C::HEADS, Cache::ROW_BYTES);
   }
 };
 

@@ -27,6 +27,8 @@ struct alignas(16) Float4 {
 // One argument, a struct: the host packs one block of bytes per launch.
 #define FINIAL_KERNEL(name, threads, blocks, Args, body) \
   extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Args args) { body(args); }
+// Of a launch whose blocks wait for each other: the host launches it as cooperative, so that all are resident.
+#define FINIAL_COOPERATIVE(name, threads, blocks, Args, body) FINIAL_KERNEL(name, threads, blocks, Args, body)
 #define FINIAL_DYNAMIC_SHARED(name) extern __shared__ __align__(128) u8 name[]
 
 namespace ptx {
@@ -52,7 +54,7 @@ FINIAL_DEVICE float load_shared_by_all(const float* p) {
 }
 FINIAL_DEVICE Vec4 load_cached(const void* p) {
   Vec4 v;
-  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p)
                : "memory");
@@ -61,6 +63,11 @@ FINIAL_DEVICE Vec4 load_cached(const void* p) {
 // To memory of the host, in one piece: whoever sees one half has the other.
 FINIAL_DEVICE void store_host(u64* p, u64 v) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+FINIAL_DEVICE u16 load_cached_half(const void* p) {
+  u16 v;
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p) : "memory");
+  return v;
 }
 FINIAL_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
@@ -164,6 +171,141 @@ FINIAL_DEVICE void copy_wait() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 #endif
+}
+
+// --- between blocks of one launch
+// -------------------------------------------------------------------------------------
+//
+// Who wrote something calls a barrier of its block and lets one thread add with release; who needs it lets one thread
+// look with acquire and calls a barrier: causality order goes through the block's barriers (PTX ISA, memory consistency
+// model: barriers synchronise at cta scope, release and acquire patterns are cumulative), so no fence of the other
+// threads is needed.  What other blocks wrote in this launch is read past L1 (.cg) all the same: no line that L1 took
+// in before can then be met.
+
+FINIAL_DEVICE u32 load_acquire(const u32* p) {
+  u32 v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+FINIAL_DEVICE void add_release(u32* p, u32 v) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+FINIAL_DEVICE u32 add_acquire_release(u32* p, u32 v) {
+  u32 old;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
+  return old;
+}
+// Words that the host may read or write meanwhile; alone, they order nothing.
+FINIAL_DEVICE u32 load_volatile(const u32* p) {
+  u32 v;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+FINIAL_DEVICE void store_volatile(u32* p, u32 v) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+FINIAL_DEVICE bool replace_if(u32* p, u32 expected, u32 v) { return atomicCAS(p, expected, v) == expected; }
+FINIAL_DEVICE Float4 load_float4(const float* p) {
+  Float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+FINIAL_DEVICE u64 load_u64(const u64* p) {
+  u64 v;
+  asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+FINIAL_DEVICE i32 load_written(const i32* p) {
+  i32 v;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+FINIAL_DEVICE u64 nanoseconds() {
+  u64 v;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(v));
+  return v;
+}
+FINIAL_DEVICE void pause() {}  // between two looks at another block's counter, which take a trip to L2 each
+
+// --- between warps of one block
+// ---------------------------------------------------------------------------------------
+
+// A barrier of the first `threads` threads of a block, whole warps, that need not be converged.
+template <int ID>
+FINIAL_DEVICE void sync_some(int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"n"(ID), "r"(threads) : "memory");
+}
+FINIAL_DEVICE u32 load_block(const u32* p) { return *(const volatile u32*)p; }
+FINIAL_DEVICE void store_block(u32* p, u32 v) { *(volatile u32*)p = v; }
+
+// Barrier objects in shared memory (PTX ISA, mbarrier): arrivals and bytes, phases told apart by their parity.
+FINIAL_DEVICE void barrier_init(u64* barrier, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+FINIAL_DEVICE void barrier_fence() {  // the copy engine, too, sees barriers as they were initialised
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+FINIAL_DEVICE void barrier_arrive(u64* barrier) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier))
+               : "memory");
+#endif
+}
+// True when the phase of that parity is complete; from 9.0 the hardware lets the warp sleep for a while before it is
+// not.
+FINIAL_DEVICE bool barrier_test(u64* barrier, u32 parity) {
+  u32 done = 1;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done)
+               : "r"(shared_address(barrier)), "r"(parity)
+               : "memory");
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done)
+               : "r"(shared_address(barrier)), "r"(parity)
+               : "memory");
+  if (!done) __nanosleep(32);  // the scheduler's slots are for the warps that multiply
+#endif
+  return done;
+}
+// One arrival, and bytes that copies will bring before the phase is complete.
+FINIAL_DEVICE void barrier_arrive_expecting(u64* barrier, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+#endif
+}
+// Read once in a step, and a step reads more than L2 holds: first to be evicted.
+FINIAL_DEVICE void copy_bulk(void* shared, const void* global, u32 bytes, u64* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy; "
+      "}" ::"r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+#endif
+}
+// The barrier gets an arrival when the calling lane's copies so far are done.
+FINIAL_DEVICE void copy_arrive(u64* barrier) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+FINIAL_DEVICE u32 fma_bf16x2(u32 a, u32 b, u32 c) {
+  u32 d = 0;
+#if __CUDA_ARCH__ >= 800
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+#endif
+  return d;
 }
 
 }  // namespace ptx

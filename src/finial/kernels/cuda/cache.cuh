@@ -52,7 +52,7 @@ struct CacheQ8 {
     u16 scale;
   };
   FINIAL_DEVICE static Raw load(const u8* row, int vec) {
-    return {ptx::load_cached(row + vec * 16), ((const u16*)(row + D))[vec / 2]};
+    return {ptx::load_cached(row + vec * 16), ptx::load_cached_half(row + D + vec / 2 * 2)};
   }
   FINIAL_DEVICE static void decode(const Raw& raw, float out[VEC]) {
     const float scale = ptx::from_half(raw.scale);

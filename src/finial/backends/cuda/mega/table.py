@@ -42,8 +42,7 @@ MOST_ROWS = 8  # sequences of a step
 MOST_SPLITS = 32
 STOPS = 8  # tokens that may end a row
 
-# What a block's shared memory holds besides, in the kernel's own static variables.
-STATIC_SHARED = 4 << 10
+STATE_SHARED = 4 << 10  # for barriers, rows and sums of squares, after everything else
 RESERVED_SHARED = 1 << 10  # of every block, by the system (CUDA C++ programming guide, from 8.0)
 STAGE_BYTES = 16 << 10  # about this much is copied at once
 LEAST_STAGES = 3
@@ -230,7 +229,7 @@ class SharedLayout:
     @property
     def total(self) -> int:
         """What the launch asks for."""
-        return self.ring + self.scratch + self.table
+        return self.ring + self.scratch + self.table + STATE_SHARED
 
 
 def make_plan(
@@ -263,7 +262,7 @@ def make_plan(
     products = np.isin(table[:, :, KIND], PRODUCTS)
     most_groups = min(8, int(table[:, :, COUNT][products].max()))
     terms, unit = terms_of(rows), UNIT_BYTES[shape.format]
-    room = shared - STATIC_SHARED - RESERVED_SHARED
+    room = shared - RESERVED_SHARED
     while True:
         layout = _shared(shape, rows, terms, warps, most_groups, heads, table.shape[1])
         stage_units = max(warps, stage_bytes // unit // warps * warps)
@@ -335,11 +334,11 @@ def _shared(
     shape: MegaShape, rows: int, terms: int, warps: int, most_groups: int, heads: int, entries: int
 ) -> SharedLayout:
     """Without the ring."""
-    k = -(-_most_k(shape) // UNIT_K) * UNIT_K
+    k = -(-_most_k(shape) // 64) * 64 + 32  # see STRIDE in mega_parts.cuh
     d = -(-shape.head_dim // 16) * 16
     return SharedLayout(
         ring=0,
-        x=_aligned(rows * terms * (k + 8) * 2),
+        x=_aligned(rows * terms * k * 2),
         sums=warps * most_groups * 16 * ROWS * 4,
         # Queries and the new key and value, the rotation, and each warp's sums.
         attend=_aligned(((heads + 2) * d + d + warps * heads * (d + 2)) * 4),
@@ -437,8 +436,13 @@ class _Builder:
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 
-def kernel(plan: Plan, page_size: int) -> Kernel:
-    """See mega.cuh."""
+def kernel(plan: Plan, page_size: int, *, bulk: bool = True, least: int = 128) -> Kernel:
+    """See mega.cuh.
+
+    Args:
+        bulk: stages come by bulk copies, which a device has from compute capability 9.0.
+        least: positions that a stretch of attention has at least.
+    """
     shape = plan.shape
     return kernels.mega(
         warps=plan.warps,
@@ -459,6 +463,8 @@ def kernel(plan: Plan, page_size: int) -> Kernel:
         STAGE_UNITS=plan.stage_units,
         GA=plan.most_groups,
         SPLITS=plan.splits,
+        LEAST=least,
+        BULK=bulk,
         GB=plan.heads,
         U=4 if shape.head_dim <= 128 else 2,
         PAGE=page_size,

@@ -1,0 +1,154 @@
+// What all parts of the persistent kernel know: its arguments, its table's entries, what lies where.
+//
+// backends/cuda/mega/table.py has the same numbers; tests hold both together.
+#pragma once
+#include "attend.cuh"
+#include "ring.cuh"
+#include "sample.cuh"
+#include "units.cuh"
+
+struct MegaArgs {
+  const i32* table;      // [blocks, ENTRIES, 8]
+  const u8* streams;     // units in the order of each block's entries
+  const u64* offsets;    // [blocks], where each stream begins
+  const float* vectors;  // see Parts::Vectors
+  const float* frequencies;
+  const u8 *embed, *embed_scales;
+  u8* const* caches;  // [layers]
+  const i32* pages;   // [B, page_stride]
+  i32* state;         // [B, 4]: token, position, active, tokens that the row may still get
+  float *x0, *x1;     // [B, D]: input of a layer, input of its second half
+  float *qkv, *attn, *act;
+  float* parts;             // [items, SPLITS, GB, HD + 2]
+  u32* tickets;             // [items], zero between launches
+  u32* counters;            // every COUNTER_STRIDE-th
+  u64* candidates;          // [2, blocks, B]
+  float* logits;            // [B, V]
+  i32* tokens;              // [2, B]
+  const Request* requests;  // [B]
+  const double* draws;      // [steps, B]
+  const i32* stops;         // [B, STOPS], -1 for none
+  u64* ring;                // [ring_rows, ring_stride] of the host: epoch in the high half, token in the low
+  u32* control;  // error (0, or 1 + the block's number); steps since the counters were zero; entry of the error
+  u64 limit_ns;  // of every wait
+  i32 steps, page_stride, ring_rows, ring_stride, epoch, padding;
+};
+
+enum Kind { QKV, ATTEND, OUTPUT, GATE_UP, DOWN, HEAD, SAMPLE, TOKEN, END = -1 };
+constexpr int COUNTER_STRIDE = 32, STOPS = 8;
+constexpr i32 ROW_ENDED = -2, NOT_FINITE = -1;
+
+struct alignas(16) Entry {
+  i32 kind, layer, first, count, wait, target, signal, stages;
+};
+
+// Format, Embed, Cache; L, D, H, KV, HD, F, V; B rows of TERMS terms; WARPS, STAGES, STAGE_UNITS, BULK; GA row groups
+// summed at once; SPLITS, GB, U, LEAST positions of a split; PAGE, WINDOW, EPS, ROPE_SCALE, SCALE; NORMED, BIAS,
+// SAMPLED; ENTRIES of a block, SCRATCH bytes.
+template <class C>
+struct Parts {
+  using U = Unit<typename C::Format>;
+  using Team = FirstThreads<C::WARPS * 32>;
+  static constexpr bool CHANNELS = C::Format::CHANNELS;
+  static constexpr int THREADS = C::WARPS * 32, B = C::B, ROWS = B * C::TERMS, D = C::D, GA = C::GA;
+  static constexpr int GROUP = C::H / C::KV, QKV_ROWS = C::KV * (GROUP + 2) * C::HD, ATTN = C::H * C::HD;
+  static constexpr int PARTS = ceil_div(GROUP, C::GB);
+  static_assert(ROWS <= 16 && C::STAGE_UNITS % C::WARPS == 0, "a tile of mma holds all rows, a stage feeds all warps");
+  static_assert(D % 4 == 0 && C::F % 4 == 0 && ATTN % 4 == 0, "x is read four values at a time");
+
+  FINIAL_DEVICE static constexpr int most(int a, int b) { return a > b ? a : b; }
+  FINIAL_DEVICE static constexpr int four(int n) { return round_up(n, 4); }
+  // A row of x in shared memory: 64 bytes more than a multiple of 128, so that of 8 lanes no two meet in a bank.
+  static constexpr int KMAX = most(most(D, ATTN), C::F), STRIDE = round_up(KMAX, 64) + 32;
+  static constexpr int X_BYTES = round_up(ROWS * STRIDE * 2, 128), SUMS = C::WARPS * GA * ROWS * 8;
+  static constexpr int CHUNK = 128, SQUARES = ceil_div(D, CHUNK);  // values of a warp's turn when x is read
+
+  // Of the vectors: offsets in a layer, then those after the layers.
+  static constexpr int ATTN_NORM = 0, MLP_NORM = four(D), Q_NORM = 2 * four(D);
+  static constexpr int K_NORM = Q_NORM + (C::NORMED ? four(C::HD) : 0),
+                       QKV_BIAS = K_NORM + (C::NORMED ? four(C::HD) : 0);
+  static constexpr int QKV_SCALES = QKV_BIAS + (C::BIAS ? round_up(QKV_ROWS, 8) : 0);
+  static constexpr int O_SCALES = QKV_SCALES + (CHANNELS ? round_up(QKV_ROWS, 8) : 0);
+  static constexpr int GATE_UP_SCALES = O_SCALES + (CHANNELS ? round_up(D, 8) : 0);
+  static constexpr int DOWN_SCALES = GATE_UP_SCALES + (CHANNELS ? round_up(2 * C::F, 8) : 0);
+  static constexpr int LAYER = DOWN_SCALES + (CHANNELS ? round_up(D, 8) : 0);
+  static constexpr int FINAL_NORM = C::L * LAYER, HEAD_SCALES = FINAL_NORM + four(D);
+
+  struct RingShape {
+    static constexpr int SLOT_BYTES = C::STAGE_UNITS * U::BYTES, STAGES = C::STAGES, WARPS = C::WARPS;
+    static constexpr bool BULK = C::BULK;
+  };
+  using Stages = Ring<RingShape>;
+
+  struct AttendShape {
+    using Cache = typename C::Cache;
+    static constexpr int D = C::HD, HEADS = C::KV, GROUP = C::H / C::KV, GB = C::GB, WARPS = C::WARPS, U = C::U,
+                         SPLITS = C::SPLITS, PAGE = C::PAGE, WINDOW = C::WINDOW;
+    static constexpr bool FUSED = true, NORMED = C::NORMED, HALF = false;
+  };
+  using Attention = Attend<AttendShape, Team>;
+  struct SampleShape {
+    static constexpr int THREADS = C::WARPS * 32;
+  };
+  using Sampler = Sample<SampleShape, Team>;
+
+  struct State {
+    typename Stages::Barriers barriers;
+    u32 failed[2];  // the wait's verdict, in turn: nobody reads the one that is written
+    u32 broken;     // a stage did not come in time
+    u32 left;       // the workers are gone
+    u32 begins;     // there is something to do
+    u32 ticket;
+    u32 done;  // steps since the counters were zero
+    i32 token[B], position[B], active[B], remaining[B], next[B];
+    float inverse[B], squares[B * SQUARES];
+  };
+  static_assert(sizeof(State) <= 4096, "table.py leaves so much");
+  static constexpr int RING = C::STAGES * RingShape::SLOT_BYTES, TABLE = C::ENTRIES * (int)sizeof(Entry);
+  static_assert(C::SCRATCH % 16 == 0 && C::SCRATCH >= X_BYTES + SUMS * 4 && X_BYTES % 16 == 0, "x and sums");
+  static_assert(C::SCRATCH >= (int)sizeof(typename Attention::Scratch), "attention");
+  static_assert(!C::SAMPLED || C::SCRATCH >= (int)sizeof(typename Sampler::Scratch), "sampling");
+  static constexpr int SHARED = RING + C::SCRATCH + TABLE + 4096;
+
+  struct Memory {  // of a block
+    u8 *ring, *scratch;
+    Entry* table;
+    State* state;
+    FINIAL_DEVICE u16* x() const { return (u16*)scratch; }
+    FINIAL_DEVICE float* sums() const { return (float*)(scratch + X_BYTES); }
+  };
+  FINIAL_DEVICE static Memory memory(u8* shared) {
+    return {shared, shared + RING, (Entry*)(shared + RING + C::SCRATCH), (State*)(shared + RING + C::SCRATCH + TABLE)};
+  }
+
+  // A wait that took too long, noted once; every other wait sees it and ends too.
+  FINIAL_DEVICE static void fail(const MegaArgs& a, int entry) {
+    if (ptx::replace_if(a.control, 0, 1 + blockIdx.x)) ptx::store_volatile(a.control + 2, (u32)entry);
+  }
+
+  // Whether a wait must end: looks at the clock and at what others noted only now and then.
+  struct Patience {
+    u64 start = 0;
+    u32 looks = 0;
+    FINIAL_DEVICE bool over(const MegaArgs& a, int entry) {
+      if (++looks % 64) return false;
+      if (ptx::load_volatile(a.control)) return true;
+      const u64 now = ptx::nanoseconds();
+      if (start == 0) start = now;
+      if (now - start <= a.limit_ns) return false;
+      fail(a, entry);
+      return true;
+    }
+  };
+
+  FINIAL_DEVICE static void embedding(const MegaArgs& a, int token, int plane, float out[4]) {
+    using E = typename C::Embed;
+    constexpr int KP = round_up(D, 64);
+    const u8* weight = a.embed + (u64)token * (KP / E::UNIT * 16);
+    const u8* scales = a.embed_scales + (u64)token * (E::CHANNELS ? 4 : KP / 32 * 2);
+    const auto raw = E::load(weight, scales, plane * 4 / E::UNIT);
+    E::plane(raw, plane % (E::UNIT / 4), out);
+    const float scale = E::CHANNELS ? *(const float*)scales : E::scale(raw);
+    for (int i = 0; i < 4; i++) out[i] *= scale;
+  }
+};
