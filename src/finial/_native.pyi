@@ -54,6 +54,8 @@ class Program:
         n_in: int,
         bias: NDArray[float32] | None = None,
         mapped: bool = False,
+        room: str = "",
+        first: int = -1,
     ) -> int: ...
     def linears(
         self,

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finial.backends import Timing
-from finial.backends.cpu_plan import Products, plan
+from finial.backends.cpu_plan import Product, Products, plan
 from finial.errors import BackendError
 from finial.formats import FORMATS, Reencoded, Tensor
 from finial.graph import Dim, Graph, Node, Value
@@ -190,27 +190,31 @@ class CpuProgram:
         else:
             self._native.embed(out, ids, *self._matrix(weight))
 
-    def _packed(self, weight: str, *bias: str) -> int:
-        """The index of a matrix with its bias, packed by now where its format is."""
+    def _packed(self, weight: str, *bias: str, room: str = "", first: int = -1) -> int:
+        """The index of a matrix with its bias, packed by now where its format is; `room` and `first` as in `weight`."""
         key = (weight, *bias)
         if key not in self._matrices:
             tensor, matrix = self._weights[weight], self._matrix(weight)
             vector = self._vector(bias[0]) if bias else None
-            self._matrices[key] = self._native.weight(*matrix, vector, is_mapped(matrix[0]))
+            self._matrices[key] = self._native.weight(*matrix, vector, is_mapped(matrix[0]), room, first)
             if isinstance(tensor, Reencoded):
                 forget(tensor.source.data)
         return self._matrices[key]
 
-    def _weight(self, node: Node) -> int:
-        _, weight, *bias = node.inputs
-        return self._packed(weight, *bias)
+    def _weights_of(self, product: Product) -> tuple[int, int]:
+        """The matrix of a product and, or -1, that of the product which it gates."""
+        _, weight, *bias = product.node.inputs
+        if product.up is None:
+            return self._packed(weight, *bias), -1
+        _, up, *up_bias = product.up.inputs
+        first = self._packed(weight, *bias, room=self._weights[up].format)
+        return first, self._packed(up, *up_bias, first=first)
 
     def _products(self, item: Products) -> None:
         members = [
             (
                 self._buffers[product.output],
-                self._weight(product.node),
-                self._weight(product.up) if product.up else -1,
+                *self._weights_of(product),
                 self._buffers[product.add] if product.add else -1,
             )
             for product in item.products

@@ -29,6 +29,7 @@ struct Linear {
   int64_t n_in, n_out, row_bytes;
   Format format;
   const uint8_t* packed = nullptr;  // panels (packed.h) where `rounding` of the format is not None
+  int64_t stride = 0;               // bytes from one panel to the next
 };
 
 constexpr int64_t PANEL = 32;  // outputs of a panel of packed weights
@@ -130,7 +131,7 @@ struct Kernels {
   int64_t (*linear_scratch)(const Linear&, int64_t rows);
   // How this instruction set wants the activations of a format; None: weights stay in place and `linear` multiplies.
   Rounding (*rounding)(Format);
-  void (*pack)(const Linear&, uint8_t* panels, int64_t begin, int64_t end);  // panels begin <= i < end
+  void (*pack)(const Linear&, uint8_t* panels, int64_t begin, int64_t end);  // begin <= i < end, each at i * stride
   void (*unpack)(const Linear&, int64_t row, float* out);  // a row of packed bf16, q8_0 or q4_0 as decode gives it
   void (*round)(Rounding, const float* x, int64_t n_in, int64_t rows, uint8_t* tile);  // a tile of x [rows, n_in]
   void (*multiply)(const Product&, int64_t begin, int64_t end);                        // panels begin <= i < end

@@ -77,12 +77,15 @@ void run(Program& program, const std::vector<int64_t>& sizes, const std::vector<
 }
 
 int weight(Program& program, const Bytes& data, const std::string& format, int64_t n_out, int64_t n_in,
-           const std::optional<Vector>& bias, bool mapped) {
+           const std::optional<Vector>& bias, bool mapped, const std::string& room, int first) {
   Linear linear = weight_of(data, format, n_out, n_in);
   if (bias && static_cast<int64_t>(bias->size()) != n_out)
     throw std::invalid_argument("linear: the bias must have one element for each output");
   if (bias) linear.bias = bias->data();
-  return program.weight(linear, mapped, std::make_shared<Bytes>(data));
+  Program::Beside beside;
+  if (!room.empty()) beside.room = true, beside.second = format_of(room);
+  beside.first = first;
+  return program.weight(linear, mapped, std::make_shared<Bytes>(data), beside);
 }
 
 void bind_program(nb::module_& m) {
@@ -126,8 +129,10 @@ void bind_program(nb::module_& m) {
       .def("embed_packed", &Program::embed_packed, "out"_a, "tokens"_a, "weight"_a)
       .def(
           "weight", &weight, "data"_a.noconvert(), "format"_a, "n_out"_a, "n_in"_a, "bias"_a.noconvert() = nb::none(),
-          "mapped"_a = false, nb::keep_alive<1, 6>(),
-          "A matrix for `linears`, packed or kept in place; its index. mapped: the bytes are a read-only file mapping.")
+          "mapped"_a = false, "room"_a = "", "first"_a = -1, nb::keep_alive<1, 6>(),
+          "A matrix for `linears`, packed or kept in place; its index. mapped: the bytes are a read-only file mapping. "
+          "room: the format of a matrix of this shape that comes next, with this one's index as `first`: their panels "
+          "take turns.")
       .def(
           "linears",
           [](Program& p, int x, const std::vector<std::array<int, 4>>& members, const std::optional<Vector>& norm,

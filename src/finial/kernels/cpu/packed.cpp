@@ -94,7 +94,7 @@ namespace {
 
 // c [rows of the product's tiles, PANEL] = panel `panel` of a matrix times them.
 FINIAL_INLINE void meet(const Linear& l, int64_t panel, const Product& p, const Target& target, float* c) {
-  const uint8_t* w = l.packed + panel * panel_bytes(l.format, l.n_in);
+  const uint8_t* w = l.packed + panel * l.stride;
   switch (l.format) {
 #if defined(FINIAL_PACKS_BF16)
     case Format::BF16:
@@ -136,29 +136,28 @@ void finish(const Product& p, int64_t panel, int64_t row, int64_t rows, const fl
 }  // namespace
 
 void pack(const Linear& l, uint8_t* out, int64_t begin, int64_t end) {
-  const int64_t bytes = panel_bytes(l.format, l.n_in);
   for (int64_t i = begin; i < end; ++i) {
     switch (l.format) {
 #if defined(FINIAL_PACKS_BF16)
       case Format::BF16:
-        pack_bf16(l, out + i * bytes, i * PANEL);
+        pack_bf16(l, out + i * l.stride, i * PANEL);
         break;
 #endif
       case Format::Q8_0:
-        pack_blocks<Q8>(l, out + i * bytes, i * PANEL, BIAS_Q8);
+        pack_blocks<Q8>(l, out + i * l.stride, i * PANEL, BIAS_Q8);
         break;
       case Format::Q4_0:
-        pack_blocks<Q4>(l, out + i * bytes, i * PANEL, 0);
+        pack_blocks<Q4>(l, out + i * l.stride, i * PANEL, 0);
         break;
       default:
-        pack_k(l, out + i * bytes, i * PANEL);
+        pack_k(l, out + i * l.stride, i * PANEL);
         break;
     }
   }
 }
 
 void unpack(const Linear& l, int64_t row, float* out) {
-  const uint8_t* panel = l.packed + row / PANEL * panel_bytes(l.format, l.n_in);
+  const uint8_t* panel = l.packed + row / PANEL * l.stride;
   switch (l.format) {
 #if defined(FINIAL_PACKS_BF16)
     case Format::BF16:

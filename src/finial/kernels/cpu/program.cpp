@@ -146,39 +146,63 @@ void Program::embed_packed(int out, int tokens, int weight) {
   embed(out, tokens, table);
 }
 
-int Program::weight(const finial::Linear& weight, bool mapped, std::shared_ptr<const void> owner) {
+// The panels that a mapped matrix was packed into before; without a map, other memory may lie there by now.
+bool Program::known(finial::Linear& made, bool mapped) const {
+  for (const finial::Linear& other : weights_)
+    if (mapped && other.packed != nullptr && other.weight == made.weight && other.format == made.format &&
+        other.n_in == made.n_in && other.n_out == made.n_out)
+      made.packed = other.packed, made.stride = other.stride;
+  return made.packed != nullptr;
+}
+
+uint8_t* Program::room_for_panels(int64_t bytes) {
+  const size_t size = static_cast<size_t>(bytes);
+  constexpr size_t CHUNK = size_t{64} << 20;  // address space: memory is taken as it is written
+  if (packed_.empty() || packed_.back().size() - packed_used_ < size) {
+    packed_.emplace_back(std::max(size, CHUNK), Pages::Huge);
+    packed_used_ = 0;
+  }
+  uint8_t* out = packed_.back().data() + packed_used_;
+  packed_used_ += (size + 63) / 64 * 64;
+  return out;
+}
+
+void Program::pack(finial::Linear& made, uint8_t* out, int64_t stride, bool mapped) {
+  const int64_t count = panels(made), step = std::max<int64_t>(1, (int64_t{1} << 20) / stride);
+  made.stride = stride;
+  std::atomic<int64_t> next{0};
+  pool_->run([&](int) {
+    for (int64_t begin; (begin = next.fetch_add(step)) < count;) {
+      const int64_t end = std::min(begin + step, count);
+      kernels_->pack(made, out, begin, end);
+      const int64_t first = begin * PANEL, last = std::min(end * PANEL, made.n_out);
+      if (mapped) give_back(made.weight + first * made.row_bytes, static_cast<size_t>((last - first) * made.row_bytes));
+    }
+  });
+  made.packed = out;
+}
+
+int Program::weight(const finial::Linear& weight, bool mapped, std::shared_ptr<const void> owner,
+                    const Beside& beside) {
   finial::Linear made = weight;
-  for (const finial::Linear& known : weights_)  // other memory may have been given to another matrix since
-    if (mapped && known.weight == made.weight && known.format == made.format && known.n_in == made.n_in &&
-        known.n_out == made.n_out)
-      made.packed = known.packed;
+  const int index = static_cast<int>(weights_.size());
   if (kernels_->rounding(made.format) == Rounding::None) {
     owners_.push_back(std::move(owner));
-  } else if (made.packed == nullptr) {
-    const int64_t bytes = panel_bytes(made.format, made.n_in), count = panels(made);
-    const size_t size = static_cast<size_t>(bytes * count);
-    constexpr size_t CHUNK = size_t{64} << 20;  // address space: memory is taken as it is written
-    if (packed_.empty() || packed_.back().size() - packed_used_ < size) {
-      packed_.emplace_back(std::max(size, CHUNK), Pages::Huge);
-      packed_used_ = 0;
+  } else if (!known(made, mapped)) {
+    const int64_t bytes = panel_bytes(made.format, made.n_in);
+    const bool follows = beside.first >= 0 && beside.first == roomy_ && made.n_out == weights_.back().n_out &&
+                         weights_.back().stride == panel_bytes(weights_.back().format, weights_.back().n_in) + bytes;
+    if (follows) {
+      const finial::Linear& first = weights_.back();
+      pack(made, const_cast<uint8_t*>(first.packed) + first.stride - bytes, first.stride, mapped);
+    } else {
+      const int64_t room = beside.room ? panel_bytes(beside.second, made.n_in) : 0;
+      pack(made, room_for_panels((bytes + room) * panels(made)), bytes + room, mapped);
+      if (room > 0) roomy_ = index;
     }
-    uint8_t* out = packed_.back().data() + packed_used_;
-    packed_used_ += (size + 63) / 64 * 64;
-    const int64_t step = std::max<int64_t>(1, (int64_t{1} << 20) / bytes);
-    std::atomic<int64_t> next{0};
-    pool_->run([&](int) {
-      for (int64_t begin; (begin = next.fetch_add(step)) < count;) {
-        const int64_t end = std::min(begin + step, count);
-        kernels_->pack(made, out, begin, end);
-        const int64_t first = begin * PANEL, last = std::min(end * PANEL, made.n_out);
-        if (mapped)
-          give_back(made.weight + first * made.row_bytes, static_cast<size_t>((last - first) * made.row_bytes));
-      }
-    });
-    made.packed = out;
   }
   weights_.push_back(made);
-  return static_cast<int>(weights_.size()) - 1;
+  return index;
 }
 
 void Program::linears(int x, const float* norm, int64_t norm_width, float eps, std::vector<Linears::Member> members) {
@@ -210,10 +234,36 @@ void Program::linears(int x, const float* norm, int64_t norm_width, float eps, s
   }
   // The rounded rows of one kind have one place, when they are shared.
   if (rounding != Rounding::None || norm != nullptr) writes.push_back(ROUNDED - static_cast<int>(rounding));
-  linears_.push_back({x, norm, eps, rounding, std::move(members)});
+  linears_.push_back({x, norm, eps, rounding, std::move(members), {}});
+  share_out(linears_.back());
   Instruction i{Op::Linears};
   i.linears = static_cast<int>(linears_.size()) - 1;
   push(i, reads, writes);
+}
+
+// The units in which the shares of threads begin: equal parts of the bytes.
+void Program::share_out(Linears& p) const {
+  const int threads = pool_->threads();
+  const bool packed = p.rounding != Rounding::None;
+  const auto matrix = [&](int index) -> const finial::Linear& { return weights_[static_cast<size_t>(index)]; };
+  int64_t total = 0, before = 0;
+  for (Linears::Member& m : p.members) {
+    const finial::Linear& l = matrix(m.weight);
+    m.units = packed ? panels(l) : (l.n_out + LINE - 1) / LINE;
+    m.unit = packed ? panel_bytes(l.format, l.n_in) : LINE * l.row_bytes;
+    if (m.second >= 0) m.unit += panel_bytes(matrix(m.second).format, l.n_in);
+    total += m.units * m.unit;
+  }
+  p.edges.assign(static_cast<size_t>(threads) + 1, 0);
+  for (const Linears::Member& m : p.members) {
+    for (int t = 1; t <= threads; ++t) {
+      const int64_t byte = total / threads * t + total % threads * t / threads;
+      p.edges[static_cast<size_t>(t)] +=
+          t == threads ? m.units : std::clamp<int64_t>((byte - before + m.unit / 2) / m.unit, 0, m.units);
+    }
+    before += m.units * m.unit;
+  }
+  require(p.edges.back() < MOST_UNITS, "linear: too many outputs");
 }
 
 void Program::rms_norm(int out, int x, const float* weight, int64_t width, float eps) {

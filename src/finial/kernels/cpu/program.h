@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention_plan.h"
@@ -64,12 +65,22 @@ enum class Op { RopeTable, Embed, Linears, RmsNorm, Rope, CacheWrite, Attention,
 struct Linears {
   struct Member {
     int out, weight, second = -1, add = -1;  // second: the output is silu(weight's) * second's; add: a buffer
+    int64_t units = 0, unit = 0;             // panels, or lines of outputs, and the bytes of one
   };
   int x;
   const float* norm;  // [width of x] or null
   float eps;
   Rounding rounding;
   std::vector<Member> members;
+  std::vector<int64_t> edges;  // [threads + 1]: in which unit, counted over all members, a thread's share begins
+};
+constexpr int64_t MOST_UNITS = int64_t{1} << 24;
+constexpr int64_t LINE = 16;  // floats in a cache line: shares end on these, so that no line has two writers
+
+// What is left of a thread's share of a product, which others may take from its end: the number of the product, the
+// first unit left and the one past the last.
+struct alignas(64) Left {
+  std::atomic<uint64_t> range{0};
 };
 
 // How threads share a buffer out: rows of `dimension` of `width` floats, each in `items` equal parts; 0: any way.
@@ -121,7 +132,17 @@ class Program {
   void embed_packed(int out, int tokens, int weight);             // the same from a packed bf16, q8_0 or q4_0 `weight`
   // A matrix for `linears`. `mapped`: its bytes are a read-only file mapping, given back as they are packed. `owner` is
   // held while they are used.
-  int weight(const finial::Linear& weight, bool mapped, std::shared_ptr<const void> owner);
+  int weight(const finial::Linear& weight, bool mapped, std::shared_ptr<const void> owner) {
+    return this->weight(weight, mapped, std::move(owner), {});
+  }
+  // Two matrices that a gated product reads side by side: their panels take turns, so that it reads one run. The first
+  // is declared with room for one of its shape in format `second`, the second right behind it with the first's index.
+  struct Beside {
+    bool room = false;
+    Format second = Format::F32;
+    int first = -1;
+  };
+  int weight(const finial::Linear& weight, bool mapped, std::shared_ptr<const void> owner, const Beside& beside);
   void linears(int x, const float* norm, int64_t norm_width, float eps, std::vector<Linears::Member> members);
   void rms_norm(int out, int x, const float* weight, int64_t width, float eps);
   void rope(int out, int x, int positions, const float* frequencies, int64_t head_dim, float scale);
@@ -186,14 +207,25 @@ class Program {
   void push(Instruction instruction, const std::vector<int>& reads, const std::vector<int>& writes, Split split = {});
   int resource(int buffer) const;
   void pointwise(Op op, int out, int a, int b);
+  bool known(finial::Linear& made, bool mapped) const;
+  uint8_t* room_for_panels(int64_t bytes);
+  void pack(finial::Linear& made, uint8_t* out, int64_t stride, bool mapped);
+  void share_out(Linears& p) const;
 
   void check_step(const Step& step) const;
   void check_rows(const Step& step, int input, int dimension) const;
   void check_range(const Step& step, const Check& check) const;
   void check_sequences(const Step& step, const SequenceMap& map) const;
   void reserve(Step& step);
+  void wait(size_t at, const Step& step, int thread, Run& next);
   void execute(const Instruction& i, const Step& step, int thread);
-  void multiply(const Linears& p, const Step& step, int thread, std::atomic<int64_t>& next);
+  Run share_of(const Linears& p, int thread) const;
+  void announce(const Instruction& i, int thread);
+  uint64_t number(const Instruction& i) const;
+  void multiply_units(const Linears& p, const Step& step, const uint8_t* x, int64_t begin, int64_t end,
+                      uint8_t* scratch);
+  void multiply_few(const Instruction& i, const Step& step, int thread);
+  void multiply_many(const Instruction& i, const Step& step, int thread);
   const uint8_t* prepare(const Linears& p, const Step& step, int64_t rows, int thread, uint8_t*& scratch);
 
   std::shared_ptr<Pool> pool_;
@@ -212,6 +244,7 @@ class Program {
   std::vector<std::shared_ptr<const void>> owners_;
   std::vector<Memory> packed_;  // panels of weights, one after the other
   size_t packed_used_ = 0;      // of the last
+  int roomy_ = -1;              // the matrix packed last with room for another
   Touched read_, written_;      // since the last barrier, while building
 
   std::mutex running_;
@@ -220,6 +253,9 @@ class Program {
   std::vector<int32_t> sequence_;                 // [maps][rows]: the sequence of a row
   std::unique_ptr<std::atomic<int64_t>[]> next_;  // [instructions]: the next item that nobody has taken
   size_t counters_ = 0;
+  std::unique_ptr<Left[]> left_;  // [threads]
+  std::vector<size_t> ahead_;     // [instructions]: the next products from there on
+  uint64_t steps_ = 0;
   std::vector<Timing> timings_;  // [instructions] while profiling, else empty
 };
 

@@ -37,7 +37,7 @@ using Clock = std::chrono::steady_clock;
 
 constexpr int64_t GROUP_BYTES = int64_t{640}
                                 << 10;  // of rounded rows: with two panels they fit a second-level cache of 1 MiB
-constexpr int64_t LINE = 16;            // floats in a cache line: shares end on these, so that no line has two writers
+constexpr int64_t AHEAD = int64_t{256} << 10;  // of weights asked for by who waits: a part of a second-level cache
 
 }  // namespace
 
@@ -199,6 +199,14 @@ void Program::reserve(Step& step) {
     counters_ = code_.size();
   }
   for (size_t i = 0; i < counters_; ++i) next_[i].store(0, std::memory_order_relaxed);
+  ++steps_;
+  if (left_ == nullptr) left_ = std::make_unique<Left[]>(static_cast<size_t>(pool_->threads()));
+  if (ahead_.size() != code_.size()) {
+    ahead_.resize(code_.size());
+    size_t next = code_.size();
+    for (size_t i = code_.size(); i-- > 0; ahead_[i] = next)
+      if (code_[i].op == Op::Linears) next = i;
+  }
 }
 
 void Program::run(const std::vector<int64_t>& sizes, const std::vector<IntArray>& ints,
@@ -225,10 +233,11 @@ void Program::run(const std::vector<int64_t>& sizes, const std::vector<IntArray>
   reserve(step);
   const bool timed = !timings_.empty();
   pool_->run([&](int thread) {
+    Run next{nullptr, nullptr};
     if (timed && thread == 0) {
       for (size_t at = 0; at < code_.size(); ++at) {
         const Clock::time_point start = Clock::now();
-        if (code_[at].barrier) pool_->barrier();
+        wait(at, step, thread, next);
         const Clock::time_point begin = Clock::now();
         execute(code_[at], step, thread);
         Timing& t = timings_[at];
@@ -238,11 +247,53 @@ void Program::run(const std::vector<int64_t>& sizes, const std::vector<IntArray>
       }
       return;
     }
-    for (const Instruction& i : code_) {
-      if (i.barrier) pool_->barrier();
-      execute(i, step, thread);
+    for (size_t at = 0; at < code_.size(); ++at) {
+      wait(at, step, thread, next);
+      execute(code_[at], step, thread);
     }
   });
+}
+
+// The barrier in front of an instruction. Between products of few rows memory would stand idle: who waits asks for the
+// beginning of its share of the next one.
+void Program::wait(size_t at, const Step& step, int thread, Run& next) {
+  if (at == 0 || code_[at - 1].op == Op::Linears) {
+    next = {nullptr, nullptr};
+    const size_t ahead = ahead_[at];
+    if (ahead < code_.size()) {
+      const Linears& p = linears_[static_cast<size_t>(code_[ahead].linears)];
+      if (step.rows(buffers_[static_cast<size_t>(p.x)]) <= TILE) next = share_of(p, thread);
+    }
+  }
+  if (!code_[at].barrier) return;
+  if (code_[at].op == Op::Linears) announce(code_[at], thread);
+  pool_->barrier(&next);
+}
+
+// The beginning of a thread's share of the weights.
+Run Program::share_of(const Linears& p, int thread) const {
+  int64_t begin = p.edges[static_cast<size_t>(thread)], end = p.edges[static_cast<size_t>(thread) + 1];
+  for (const Linears::Member& m : p.members) {
+    if (begin < m.units && begin < end) {
+      const finial::Linear& l = weights_[static_cast<size_t>(m.weight)];
+      const uint8_t* from = l.packed != nullptr ? l.packed + begin * l.stride : l.weight + begin * m.unit;
+      return {from, from + std::min(AHEAD, (std::min(end, m.units) - begin) * m.unit)};
+    }
+    begin -= m.units, end -= m.units;
+  }
+  return {nullptr, nullptr};
+}
+
+uint64_t Program::number(const Instruction& i) const {
+  return (steps_ * code_.size() + static_cast<uint64_t>(&i - code_.data())) << 48;
+}
+
+// From now on others may take units of this thread's share.
+void Program::announce(const Instruction& i, int thread) {
+  const Linears& p = linears_[static_cast<size_t>(i.linears)];
+  const auto edge = [&](int t) { return static_cast<uint64_t>(p.edges[static_cast<size_t>(t)]); };
+  left_[static_cast<size_t>(thread)].range.store(number(i) | edge(thread) << 24 | edge(thread + 1),
+                                                 std::memory_order_relaxed);
 }
 
 void Program::profile(bool on) {
@@ -308,77 +359,82 @@ const uint8_t* Program::prepare(const Linears& p, const Step& step, int64_t rows
   return out;
 }
 
-// Few rows: every thread takes an equal part of the bytes of the weights, one contiguous run of each matrix. Many rows:
-// threads take panels as they come free, for a group of tiles after the other, so that its rounded rows stay in the
-// second-level cache; what they take gets smaller towards the end.
-void Program::multiply(const Linears& p, const Step& step, int thread, std::atomic<int64_t>& next) {
-  const auto at = [&](int buffer) { return step.buffers[static_cast<size_t>(buffer)]; };
-  const auto matrix = [&](int index) -> const finial::Linear& { return weights_[static_cast<size_t>(index)]; };
+// Few rows: every thread has an equal part of the bytes of the weights, one contiguous run of each matrix, and takes
+// from its beginning; who is done helps others from their end. What is taken at once gets smaller towards the end.
+void Program::multiply_few(const Instruction& i, const Step& step, int thread) {
+  const Linears& p = linears_[static_cast<size_t>(i.linears)];
   const int64_t rows = step.rows(buffers_[static_cast<size_t>(p.x)]);
-  if (rows == 0) return;
+  const uint64_t least = rows > TILE ? 4 : 1;
   uint8_t* scratch = reinterpret_cast<uint8_t*>(step.scratch + thread * step.scratch_stride);
+  if (!i.barrier) announce(i, thread);
   const uint8_t* x = prepare(p, step, rows, thread, scratch);
-  const bool packed = p.rounding != Rounding::None;
-  const auto product = [&](const Linears::Member& m, int64_t first_tile, int64_t last_tile) {
-    return Product{&matrix(m.weight),
-                   m.second < 0 ? nullptr : &matrix(m.second),
-                   x,
-                   m.add < 0 ? nullptr : at(m.add),
-                   at(m.out),
-                   rows,
-                   first_tile,
-                   last_tile};
-  };
-  if (packed && rows > TILE) {
-    const int64_t row = rounded_bytes(p.rounding, matrix(p.members[0].weight).n_in), count = tiles(rows),
-                  most = std::clamp<int64_t>(GROUP_BYTES / (TILE * row), 1, GROUP), groups = (count + most - 1) / most;
-    int64_t together = 0;
-    for (const Linears::Member& m : p.members) together += panels(matrix(m.weight));
-    const int64_t all = groups * together;
-    for (;;) {
-      int64_t from = next.load(std::memory_order_relaxed), to;
-      do {
-        if (from >= all) return;
-        to = from + std::max<int64_t>((all - from) / (4 * pool_->threads()), 1);
-        to = std::min(to, (from / together + 1) * together);
-      } while (!next.compare_exchange_weak(from, to, std::memory_order_relaxed));
-      const int64_t group = from / together;
-      int64_t before = group * together;
-      for (const Linears::Member& m : p.members) {
-        const int64_t size = panels(matrix(m.weight)), begin = std::max<int64_t>(from - before, 0),
-                      end = std::min(to - before, size);
-        if (begin < end)
-          kernels_->multiply(product(m, count * group / groups, count * (group + 1) / groups), begin, end);
-        before += size;
-      }
+  const int threads = pool_->threads();
+  for (int other = 0; other < threads; ++other) {
+    std::atomic<uint64_t>& left = left_[static_cast<size_t>((thread + other) % threads)].range;
+    for (uint64_t now = left.load(std::memory_order_relaxed);;) {
+      constexpr uint64_t UNIT = MOST_UNITS - 1;
+      const uint64_t begin = now >> 24 & UNIT, end = now & UNIT;
+      if ((now ^ number(i)) >> 48 != 0 || begin >= end) break;
+      const uint64_t some = std::min(end - begin, std::max((end - begin) / 4, least));
+      if (!left.compare_exchange_weak(now, other == 0 ? now + (some << 24) : now - some, std::memory_order_relaxed))
+        continue;
+      const uint64_t first = other == 0 ? begin : end - some;
+      multiply_units(p, step, x, static_cast<int64_t>(first), static_cast<int64_t>(first + some), scratch);
+      now = left.load(std::memory_order_relaxed);
     }
   }
-  const auto unit = [&](const Linears::Member& m) {  // bytes
-    const finial::Linear& l = matrix(m.weight);
-    const int64_t one = packed ? panel_bytes(l.format, l.n_in) : LINE * l.row_bytes;
-    return m.second < 0 ? one : one + panel_bytes(matrix(m.second).format, l.n_in);
-  };
-  const auto units = [&](const Linears::Member& m) {
-    return packed ? panels(matrix(m.weight)) : (matrix(m.weight).n_out + LINE - 1) / LINE;
-  };
-  int64_t total = 0, before = 0;
-  for (const Linears::Member& m : p.members) total += unit(m) * units(m);
+}
+
+// Many rows: threads take panels as they come free, for a group of tiles after the other, so that its rounded rows stay
+// in the second-level cache; what they take gets smaller towards the end.
+void Program::multiply_many(const Instruction& i, const Step& step, int thread) {
+  const Linears& p = linears_[static_cast<size_t>(i.linears)];
+  const int64_t rows = step.rows(buffers_[static_cast<size_t>(p.x)]);
+  std::atomic<int64_t>& next = next_[static_cast<size_t>(&i - code_.data())];
+  uint8_t* scratch = reinterpret_cast<uint8_t*>(step.scratch + thread * step.scratch_stride);
+  const uint8_t* x = prepare(p, step, rows, thread, scratch);
+  const auto at = [&](int buffer) { return buffer < 0 ? nullptr : step.buffers[static_cast<size_t>(buffer)]; };
+  const auto matrix = [&](int index) { return index < 0 ? nullptr : &weights_[static_cast<size_t>(index)]; };
+  const int64_t row = rounded_bytes(p.rounding, buffers_[static_cast<size_t>(p.x)].width), count = tiles(rows),
+                most = std::clamp<int64_t>(GROUP_BYTES / (TILE * row), 1, GROUP), groups = (count + most - 1) / most;
+  const int64_t together = p.edges.back(), all = groups * together;
+  for (;;) {
+    int64_t from = next.load(std::memory_order_relaxed), to;
+    do {
+      if (from >= all) return;
+      to = from + std::max<int64_t>((all - from) / (4 * pool_->threads()), 1);
+      to = std::min(to, (from / together + 1) * together);
+    } while (!next.compare_exchange_weak(from, to, std::memory_order_relaxed));
+    const int64_t group = from / together;
+    int64_t before = group * together;
+    for (const Linears::Member& m : p.members) {
+      const int64_t begin = std::max<int64_t>(from - before, 0), end = std::min(to - before, m.units);
+      if (begin < end)
+        kernels_->multiply({matrix(m.weight), matrix(m.second), x, at(m.add), at(m.out), rows, count * group / groups,
+                            count * (group + 1) / groups},
+                           begin, end);
+      before += m.units;
+    }
+  }
+}
+
+// Units [begin, end) of products of few rows, counted over all members.
+void Program::multiply_units(const Linears& p, const Step& step, const uint8_t* x, int64_t begin, int64_t end,
+                             uint8_t* scratch) {
+  const auto at = [&](int buffer) { return buffer < 0 ? nullptr : step.buffers[static_cast<size_t>(buffer)]; };
+  const int64_t rows = step.rows(buffers_[static_cast<size_t>(p.x)]);
   for (const Linears::Member& m : p.members) {
-    const finial::Linear& l = matrix(m.weight);
-    const int64_t size = unit(m), count = units(m);
-    const auto edge = [&](int index) {  // the unit in which the share of thread `index` begins
-      const int64_t byte = total / pool_->threads() * index + total % pool_->threads() * index / pool_->threads();
-      return std::min(std::max<int64_t>(0, (byte - before + size / 2) / size), count);
-    };
-    const int64_t begin = edge(thread), end = thread + 1 == pool_->threads() ? count : edge(thread + 1);
-    before += size * count;
-    if (begin >= end) continue;
-    if (packed) {
-      kernels_->multiply(product(m, 0, 1), begin, end);
+    const finial::Linear& l = weights_[static_cast<size_t>(m.weight)];
+    const int64_t from = std::max<int64_t>(begin, 0), to = std::min(end, m.units);
+    begin -= m.units, end -= m.units;
+    if (from >= to) continue;
+    const float* add = at(m.add);
+    if (p.rounding != Rounding::None) {
+      const finial::Linear* second = m.second < 0 ? nullptr : &weights_[static_cast<size_t>(m.second)];
+      kernels_->multiply({&l, second, x, add, at(m.out), rows, 0, 1}, from, to);
       continue;
     }
-    const float* add = m.add < 0 ? nullptr : at(m.add);
-    const int64_t first = begin * LINE, last = std::min(end * LINE, l.n_out);
+    const int64_t first = from * LINE, last = std::min(to * LINE, l.n_out);
     kernels_->linear(l, reinterpret_cast<const float*>(x), at(m.out), rows, first, last,
                      reinterpret_cast<float*>(scratch));
     for (int64_t t = 0; t < rows && add != nullptr; ++t) {
@@ -418,9 +474,15 @@ void Program::execute(const Instruction& i, const Step& step, int thread) {
                          i.linear.n_in, at(i.out) + row * i.linear.n_in);
       break;
     }
-    case Op::Linears:
-      multiply(linears_[static_cast<size_t>(i.linears)], step, thread, next_[static_cast<size_t>(&i - code_.data())]);
-      break;
+    case Op::Linears: {
+      const Linears& p = linears_[static_cast<size_t>(i.linears)];
+      const int64_t rows = step.rows(buffers_[static_cast<size_t>(p.x)]);
+      if (rows == 0) break;
+      if (rows > TILE && p.rounding != Rounding::None)
+        multiply_many(i, step, thread);
+      else
+        multiply_few(i, step, thread);
+    } break;
     case Op::RmsNorm: {
       const Range part = share(step.rows(spec(i.out)) * (spec(i.out).width / i.width), thread, threads);
       for (int64_t g = part.begin; g < part.end; ++g)

@@ -29,6 +29,14 @@ void relax() {
 #endif
 }
 
+void fetch(Run& run) {
+  constexpr int64_t AT_ONCE = 256;
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < AT_ONCE; i += 64) __builtin_prefetch(run.begin + i, 0, 2);
+#endif
+  run.begin += AT_ONCE;
+}
+
 long long process_id() {
 #if defined(_WIN32)
   return _getpid();
@@ -146,7 +154,7 @@ void Pool::run(const std::function<void(int)>& job) {
   barrier();
 }
 
-void Pool::barrier() {
+void Pool::barrier(Run* next) {
   if (threads_ == 1) return;
   Team& team = *team_;
   const uint64_t phase = team.phase.load(std::memory_order_acquire);
@@ -156,7 +164,9 @@ void Pool::barrier() {
     return;
   }
   for (int spins = 0; team.phase.load(std::memory_order_acquire) == phase; ++spins) {
-    if (spins < SPINS_BEFORE_YIELD)
+    if (next != nullptr && next->begin < next->end)
+      fetch(*next);
+    else if (spins < SPINS_BEFORE_YIELD)
       relax();
     else
       std::this_thread::yield();

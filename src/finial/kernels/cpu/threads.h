@@ -15,6 +15,11 @@
 
 namespace finial {
 
+// Memory that will be read from its beginning on.
+struct Run {
+  const uint8_t *begin, *end;
+};
+
 class Pool {
  public:
   // threads <= 0: the physical cores that this process may use.
@@ -29,8 +34,9 @@ class Pool {
   // not throw. Throws std::system_error when the threads cannot be started.
   void run(const std::function<void(int)>& job);
 
-  // Inside a job: no thread passes before all have arrived, and what was written before is visible after.
-  void barrier();
+  // Inside a job: no thread passes before all have arrived, and what was written before is visible after. Who waits
+  // meanwhile asks for what it will read next.
+  void barrier(Run* next = nullptr);
 
  private:
   struct Team;
