@@ -255,6 +255,7 @@ def test_values() -> None:
     assert value(replace(DECODE, kind="first"), reply) == pytest.approx(5)  # 0.5 s over 0.1 s
     assert value(replace(DECODE, kind="generate"), reply) == pytest.approx(5 / 0.9)
     assert value(PROMPT, {"first": [0.5], "last": [0.5], "tokens": [[1]]}) == pytest.approx(16)
+    assert value(DECODE, {**reply, "at_first": [3]}) == pytest.approx(5), "two tokens after the first three"
     both = {"first": [0.5, 0.6], "last": [0.9, 1.0], "tokens": [[1] * 5] * 2}
     assert value(replace(DECODE, sequences=2), both) == pytest.approx(16)  # eight tokens from 0.5 to 1.0 s
 
@@ -273,6 +274,10 @@ def test_unequal_work_is_named() -> None:
         ({"last": [float("nan")]}, "not one time"),
         ({"last": [0.2, 0.2]}, "not one time"),
         ({"last": [0.4]}, "answer after"),
+        ({"last": [0.1]}, "one moment"),
+        ({"at_first": None}, "no rate"),
+        ({"at_first": [0]}, "at_first"),
+        ({"at_first": [1, 1]}, "at_first"),
         ({"times": [[0.1, 0.2]]}, "each token"),
         ({"times": [[0.1, 0.15, 0.12, 0.18, 0.2]]}, "backwards"),
         ({"times": [[0.05, 0.1, 0.15, 0.18, 0.2]]}, "begin and end"),

@@ -1,4 +1,4 @@
-"""Open-loop load against a server of known slowness."""
+"""Open-loop load against a server of known slowness, and finial's own server measured as any other."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from finial.cli import invoke
 from finial.errors import RequestError
 from finial.lab.open_loop import Load, cell, summary
 from finial.lab.record import Record, Request
+from finial.lab.report import csv_text
 from finial.lab.report.markdown import render
 from finial.machine import describe
+from serving import live
 
 
 async def _serve(pace: float, fail_every: int = 0) -> asyncio.Server:
@@ -102,3 +105,46 @@ def test_a_server_that_is_not_there_is_an_error() -> None:
         asyncio.run(Load("http://127.0.0.1:9", 1.0, 1.0).run())
     with pytest.raises(RequestError, match="no http"):
         asyncio.run(Load("localhost", 1.0, 1.0, model="m").run())
+
+
+# --- a real server -------------------------------------------------------------------------------------------------
+
+
+def test_a_real_server_is_loaded_and_measured_as_any_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded, closed = tmp_path / "load.json", tmp_path / "closed.json"
+    with live("demo", "--threads", "1", "--max-batch", "1", "--max-queue", "1", "--no-log") as server:
+        # Far more than one sequence at a time can be served, and one that waits: most are told to come again.
+        load = ["bench", "demo", "--serve", server.url, "--rate", "3,300", "--seconds", "1", "--generate", "200"]
+        assert invoke([*load, "--out", str(loaded)]) == 0
+        shown = capsys.readouterr().out
+        args = ["bench", "demo", "-e", "server", "-e", "finial", "--url", server.url, "--threads", "1", "--rounds", "3"]
+        work = ["-w", "latency", "-w", "prefill", "--prompt", "48", "--generate", "24", "--out", str(closed)]
+        assert invoke([*args, *work]) == 0
+    assert "goodput" in shown and "p50 / p95 / p99" in shown and "429" in shown
+    data = Record.open(loaded).data
+    slow, fast = (data.cells[f"demo/served/0/open loop, {rate} requests/s for 1 s"] for rate in (3, 300))
+    easy, hard = (summary(cell.engines[server.url].samples[0].requests or []) for cell in (slow, fast))
+    assert 0 < easy.good <= easy.requests and len(easy.first) == len(easy.gaps) == 3 and not easy.errors
+    assert hard.requests > 200 and sum(hard.errors.values()) > hard.requests / 2 and hard.waiting >= 2
+    assert all("429" in reason for reason in hard.errors) and hard.good <= hard.requests - sum(hard.errors.values())
+    verdict = data.verdicts["demo/served"][server.url]
+    assert verdict.basis == "top" and verdict.top >= 5 and not verdict.flaws and verdict.positions > 180
+    assert verdict.kl_mean is not None and verdict.kl_mean < 1e-3 and (verdict.greedy_agreement or 0) > 0.9
+    assert "goodput" in render(data) and csv_text([data]).count("\n") == 3
+
+    data = Record.open(closed).data
+    for name in ("prompt 48, generate 24", "prompt of 48"):
+        rows = data.cells[f"demo/stored/1/{name}"].engines
+        assert {engine: (row.status, row.reason) for engine, row in rows.items()} == {
+            "finial": ("ok", ""), "server": ("ok", ""),
+        }  # fmt: skip
+        assert len(rows["server"].samples) == 3 and "demo at 127.0.0.1" in rows["server"].precision
+    assert data.verdicts["demo/stored"]["server"].basis == "top" and not data.verdicts["demo/stored"]["server"].flaws
+
+
+def test_what_a_server_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = str(tmp_path / "r.json")
+    assert invoke(["bench", "--serve", "http://127.0.0.1:9", "--seconds", "1", "--out", out]) == 2
+    assert "is it running" in capsys.readouterr().err
+    assert invoke(["bench", "-w", "serve"]) == 2 and "--serve URL" in capsys.readouterr().err
+    assert invoke(["bench", "-e", "server"]) == 2 and "--url" in capsys.readouterr().err

@@ -7,7 +7,8 @@ Knows how to show what `finial.lab` found.
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from finial.errors import RequestError
 if TYPE_CHECKING:
     from finial.lab.answer import Answer, Table
     from finial.lab.probes.energy import Cost
-    from finial.lab.session import Session
+    from finial.lab.session import Model, Session
 
 REGRESSION = 1
 
@@ -33,8 +34,13 @@ _HOW = "How"
 
 def bench(
     model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="demo (embedded), a directory, a .gguf file, or a hub name.")
-    ] = "demo",
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="demo (embedded), a directory, a .gguf file, or a hub name. [default: demo]",
+            show_default=False,
+        ),
+    ] = None,
     workload: Annotated[
         list[str] | None,
         typer.Option("--workload", "-w", help="A family; may be repeated. --list shows them.", rich_help_panel=_WHAT),
@@ -50,8 +56,19 @@ def bench(
     threads: Annotated[str, typer.Option(help="Numbers of threads: 1,2,4.", rich_help_panel=_WHAT)] = "",
     engine: Annotated[
         list[str] | None,
-        typer.Option("--engine", "-e", help="Only this one; may be repeated.", rich_help_panel=_WHAT),
+        typer.Option(
+            "--engine",
+            "-e",
+            help="Only this one, of `finial engines`, or server (with --url); may be repeated.",
+            rich_help_panel=_WHAT,
+        ),
     ] = None,
+    url: Annotated[
+        str,
+        typer.Option(
+            help="Also measure MODEL behind this OpenAI-compatible server, as engine server.", rich_help_panel=_WHAT
+        ),
+    ] = "",
     rounds: Annotated[
         int, typer.Option(min=0, help="Samples of each engine; 0: as the time needs.", rich_help_panel=_HOW)
     ] = 0,
@@ -79,17 +96,25 @@ def bench(
     ] = None,
     engines: Annotated[Path | None, typer.Option(help="Where engines' environments lie.", rich_help_panel=_HOW)] = None,
     serve: Annotated[
-        str, typer.Option(metavar="URL", help="Load an OpenAI-compatible server, open loop.", rich_help_panel=_WHAT)
+        str,
+        typer.Option(
+            metavar="URL",
+            help="Load an OpenAI-compatible server instead: requests leave when they are due (open loop).",
+            rich_help_panel=_WHAT,
+        ),
     ] = "",
-    rate: Annotated[str, typer.Option(help="Requests a second: 0.5,1,2.", rich_help_panel=_WHAT)] = "1",
-    seconds: Annotated[float, typer.Option(min=1, help="Of sending, at each rate.", rich_help_panel=_WHAT)] = 30.0,
+    rate: Annotated[str, typer.Option(help="With --serve: requests a second, 0.5,1,2.", rich_help_panel=_WHAT)] = "1",
+    seconds: Annotated[
+        float, typer.Option(min=1, help="With --serve: of sending, at each rate.", rich_help_panel=_WHAT)
+    ] = 30.0,
     list_all: Annotated[bool, typer.Option("--list", help="Show workloads and presets.")] = False,
 ) -> int:
     """Measure engines on the same work: what is fastest here, and does it still say the same?
 
     Without arguments: the demo model on every backend and installed engine, in less than two minutes.
     """
-    from finial.lab.plan import Plan
+    from finial.lab.engines.table import server
+    from finial.lab.plan import QUICK_S, Plan
     from finial.lab.session import CACHE, Model, Session, choose
     from finial.lab.workloads import Sizes
     from finial.machine import probe_native
@@ -97,8 +122,11 @@ def bench(
     if list_all:
         _list()
         return 0
+    if "serve" in (workload or []) and not serve:
+        raise RequestError("workload serve is measured on a running server", fix="finial bench MODEL --serve URL")
     if serve:
-        return _serve(serve, rate, seconds, _range(prompt)[:1], _range(generate)[:1], out)
+        served = Model.find(model) if model else None
+        return _serve(serve, served, rate, seconds, _range(prompt)[:1], _range(generate)[:1], out, fresh)
     sizes = Sizes(_range(prompt), _range(generate), _range(depth), _range(batch), rounds=rounds)
     formats = [name.strip() for name in format.split(",") if name.strip()]
     plan = Plan.of(
@@ -109,13 +137,30 @@ def bench(
         usable=probe_native().threads or 1,
         preset=preset,
     )
-    found = Model.find(model)
+    found = Model.find(model or "demo")
     places = found.places(engines or CACHE / "engines", dict(_named(text) for text in python or []))
     quick = not (workload or preset)
-    chosen, left = choose(engine or [], places, quick, plan.formats)
+    if "server" in (engine or []) and not url:
+        raise RequestError("engine server without an address", fix="add --url http://127.0.0.1:8000")
+    names = [name for name in engine or [] if name != "server"]
+    alone = bool(engine) and not names
+    chosen, left = ([], {}) if alone else choose(names, places, quick, plan.formats, found.name)
+    chosen += [server(url, os.environ.get("OPENAI_API_KEY", ""))] if url else []
     if out is None:
         out = Path(f"finial-bench-{found.name}-{time.strftime('%Y%m%d-%H%M%S')}.json")
-    session = Session(found, plan, places, chosen, out, ["finial", *sys.argv[1:]], fresh, seed, text, reference)
+    session = Session(
+        found,
+        plan,
+        places,
+        chosen,
+        out,
+        ["finial", *sys.argv[1:]],
+        fresh,
+        seed,
+        text,
+        reference,
+        QUICK_S if quick else math.inf,
+    )
     for name, reason in left.items():
         console.note(f"left out: {name}: {reason}")
     if dry_run:
@@ -216,15 +261,18 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _serve(
-    url: str, rates: str, seconds: float, prompt: tuple[int, ...], new: tuple[int, ...], out: Path | None
+    url: str,
+    model: Model | None,
+    rates: str,
+    seconds: float,
+    prompt: tuple[int, ...],
+    new: tuple[int, ...],
+    out: Path | None,
+    fresh: bool,
 ) -> int:
-    import asyncio
-    import os
-
-    from finial.lab.open_loop import Load, cell, summary
-    from finial.lab.record import Record
-    from finial.lab.session import version
-    from finial.machine import describe
+    from finial.lab.answer import answer
+    from finial.lab.open_loop import Load, summary
+    from finial.lab.served import measure
 
     try:
         numbers = [float(text) for text in rates.split(",")]
@@ -232,32 +280,34 @@ def _serve(
         numbers = []
     if not numbers or min(numbers) <= 0:
         raise RequestError(f"--rate {rates!r}", fix="write numbers above 0, as 0.5,1,2")
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    out = out if out is not None else Path(f"finial-bench-serve-{stamp}.json")
-    plan = {"serve": url, "rates": numbers, "seconds": seconds, "prompt": list(prompt), "generate": list(new)}
-    machine = json.loads(json.dumps(describe().to_dict()))
-    record = Record.create(out, plan=plan, started=stamp, commit=version(), machine=machine, busy=None)
-    record.data.command = ["finial", *sys.argv[1:]]
+    out = out if out is not None else Path(f"finial-bench-serve-{time.strftime('%Y%m%d-%H%M%S')}.json")
+    words, tokens, key = (*prompt, 32)[0], (*new, 32)[0], os.environ.get("OPENAI_API_KEY", "")
+    loads = [Load(url, number, seconds, "", words, tokens, key=key) for number in numbers]
+    console.note(f"{_time(seconds * len(loads))} and more; record: {out}")
+    record = measure(loads, out, model, console.note, command=["finial", *sys.argv[1:]], fresh=fresh)
+    _sentence(answer(record.data))
     page = console.Page()
-    for number in numbers:
-        words, tokens = (*prompt, 32)[0], (*new, 32)[0]
-        load = Load(url, number, seconds, "", words, tokens, key=os.environ.get("OPENAI_API_KEY", ""))
-        requests = asyncio.run(load.run())
-        made, found = cell(load, requests), summary(requests)
-        record.cells[f"served/{made.workload.name}"] = made
-        record.save()
-        page.section(f"{number:g} requests/s for {seconds:g} s: {console.count(found.requests, 'request')}")
+    for cell in record.cells.values():
+        (row,) = cell.engines.values()
+        page.section(cell.workload.name)
+        if not row.samples:
+            page.row(row.status, row.reason)
+            continue
+        found = summary(row.samples[0].requests or [])
         page.row("goodput", f"{console.significant(found.goodput)} requests/s", "first token in 1 s, gaps in 0.2 s")
-        page.row("tokens", f"{console.significant(found.tok_s)} tok/s")
+        page.row("in time", f"{found.good} of {console.count(found.requests, 'request')}")
+        page.row("tokens", f"{console.significant(found.tok_s)} tok/s", "of requests that ended whole")
         for name, times in (("first token", found.first), ("between tokens", found.gaps)):
             shown = " / ".join(console.significant(1e3 * value) for value in times)
             page.row(name, f"{shown} ms" if shown else None, "p50 / p95 / p99")
-        page.row("waiting", f"{found.waiting} at most", "open at once")
+        page.row("waiting", f"{found.waiting} at most", "requests that were open at once")
         page.row("sent late", f"{1e3 * found.late:.0f} ms at most", "by this side")
         for reason, count in found.errors.items():
             page.row("failed", f"{count}", reason)
     page.show(console.out())
-    console.note(f"record: {out}")
+    if model is None:
+        console.note("no verdict on its text: name the model that it serves (finial bench MODEL --serve URL)", "yellow")
+    console.note(f"record: {out}   page: finial report {out} --html {out.with_suffix('.html')}")
     return 0
 
 
@@ -282,6 +332,7 @@ def _list() -> None:
     page.section("workloads (--workload)")
     for name, family in FAMILIES.items():
         page.row(name, family.what)
+    page.row("serve", "open-loop load on a server: goodput, first token, between tokens, errors (--serve URL)")
     page.section("presets (--preset)")
     for name, preset in PRESETS.items():
         page.row(name, preset.what, " ".join(preset.families))
@@ -346,6 +397,11 @@ def _energy(cost: Cost | None) -> list[str]:
     return [joules(figure) for figure in ((None, None) if cost is None else (cost.gross_j, cost.tokens_per_j))]
 
 
+def _brief(reason: str, most: int = 100) -> str:
+    clean = console.clean(reason)
+    return clean if len(clean) <= most else clean[: most - 1] + "…"
+
+
 def _sentence(found: Answer) -> None:
     from rich.text import Text
 
@@ -369,7 +425,9 @@ def _ranking(table: Table) -> None:
         faster = "" if versus is None else f"{versus.median:.2f} × faster" if versus.shown else "no difference shown"
         judged = "none"
         if verdict is not None and not verdict.error:
-            judged = f"KL {verdict.kl_mean:.1e}" if verdict.kl_mean is not None else "greedy text only"
+            same = "" if verdict.greedy_agreement is None else f", {verdict.greedy_agreement:.0%} the reference's"
+            least = "" if verdict.basis == "logits" else "≥ "
+            judged = f"tokens alone{same}" if verdict.kl_mean is None else f"KL {least}{verdict.kl_mean:.1e}"
         grid.add_row(
             str(place),
             Text(standing.engine, style="bold" if place == 1 else ""),
@@ -381,6 +439,6 @@ def _ranking(table: Table) -> None:
             judged,
             *(_energy(standing.energy) if metered else ()),
         )
-    for name, reason in table.failures.items():
-        grid.add_row("–", Text(name, style="dim"), Text("failed", style="red"), "", "", "", "", Text(reason[:80]))
+    for name, (status, reason) in table.failures.items():
+        grid.add_row("–", Text(name, style="dim"), Text(status, style="red"), "", "", "", "", Text(_brief(reason)))
     console.out().print(grid)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from finial.lab.open_loop import Summary, summary
 from finial.lab.probes.energy import SHORTEST_S, Cost, Energy, cost
 from finial.lab.record import Cell, Data, Reading, Row, Sample
 from finial.lab.roofline import peak_for
@@ -168,6 +169,16 @@ def growth(cells: Sequence[Cell], name: str) -> Growth | None:
         return None
     points.sort()
     return Growth(exponent([depth for depth, _ in points], [seconds for _, seconds in points]), len(points))
+
+
+def served(data: Data) -> list[tuple[Cell, str, Summary]]:
+    """Every run of open-loop load that has numbers, with what it came to."""
+    return [
+        (cell, name, summary(row.samples[0].requests or []))
+        for cell in data.cells.values()
+        for name, row in measured(cell).items()
+        if cell.workload.kind == "serve"
+    ]
 
 
 def disturbances(data: Data) -> tuple[int, list[float]]:

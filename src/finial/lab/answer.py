@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finial.lab.analysis import energy, energy_line, limit, measured, peak_bytes, rank, ratio, readings, share
+from finial.lab.analysis import energy, energy_line, limit, measured, peak_bytes, rank, ratio, readings, served, share
 from finial.lab.probes.energy import Cost
 from finial.lab.record import Cell, Data, Verdict
 from finial.lab.statistics import Interval, Ratio, median
@@ -38,12 +38,12 @@ class Standing:
 
 @dataclass(frozen=True)
 class Table:
-    """The ranking of one cell, and what the machine allows there."""
+    """The ranking of one cell, what the machine allows there, and the rows without a number: status and reason."""
 
     cell: Cell
     standings: list[Standing]
     limit: tuple[float, str] | None
-    failures: dict[str, str]
+    failures: dict[str, tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,34 @@ class Answer:
 
 def answer(data: Data) -> Answer:
     """Of a record that has at least one cell."""
+    if all(cell.workload.kind == "serve" for cell in data.cells.values()):
+        return _served(data)
     cells = [c for c in data.cells.values() if c.workload.kind not in UNCOMPARED]
     tables = [_table(data, cell) for cell in cells]
     line = energy_line(data)
     return Answer(tables, _limit(tables), _sentence(tables), f"{line[0].upper()}{line[1:]}.")
+
+
+def _served(data: Data) -> Answer:
+    """Of a server under load: the highest rate at which all that was sent was answered in time."""
+    tables = [_table(data, cell) for cell in data.cells.values()]
+    runs = served(data)
+    if not runs:
+        return Answer(tables, "", "The server answered no request: the reasons stand beside it.", "")
+    kept = [(cell, found) for cell, _, found in runs if found.good == found.requests]
+    cell, found = max(kept or [(c, f) for c, _, f in runs], key=lambda pair: pair[1].goodput)
+    said = (
+        f"{runs[0][1]} answered everything in time up to this load"
+        if kept
+        else f"{runs[0][1]} was late or failed at every load"
+    )
+    first = " / ".join(f"{1e3 * t:,.3g}" for t in found.first)
+    verdict = data.verdicts.get(f"{cell.model}/{cell.format}", {}).get(runs[0][1])
+    sentence = (
+        f"{said}: {cell.workload.name}, {found.goodput:.3g} requests/s in time, {found.tok_s:,.4g} tok/s, first token "
+        f"{first} ms (p50 / p95 / p99); {_words(verdict)}."
+    )
+    return Answer(tables, "", sentence, "")
 
 
 def _table(data: Data, cell: Cell) -> Table:
@@ -81,7 +105,7 @@ def _table(data: Data, cell: Cell) -> Table:
                 energy(data, cell, name),
             )
         )
-    failures = {name: row.reason for name, row in cell.engines.items() if row.status != "ok"}
+    failures = {name: (row.status, row.reason) for name, row in cell.engines.items() if row.status != "ok"}
     return Table(cell, standings, limit(cell, data.peaks), failures)
 
 
@@ -133,6 +157,11 @@ def _words(verdict: Verdict | None) -> str:
     if verdict.kl_mean is None:
         share = verdict.greedy_agreement
         return "its text could not be compared" if share is None else f"{share:.0%} of its tokens are the reference's"
+    if verdict.basis != "logits":
+        where = "its own text" if verdict.basis == "generated" else "the text"
+        return f"its most likely tokens along {where} are at least {verdict.kl_mean:.1e} nats from the reference's" + (
+            "" if verdict.top1 is None else f", the first choice the same at {verdict.top1:.1%}"
+        )
     if verdict.kl_mean < SAME_KL:
         return f"it says the same as the float32 reference (KL {verdict.kl_mean:.1e} nats)"
     return f"it departs from the float32 reference by {verdict.kl_mean:.2g} nats a token"

@@ -40,8 +40,14 @@ def check(workload: Workload, reply: dict[str, Any], vocab_size: int, wall_s: fl
     assert isinstance(first, list) and isinstance(last, list)
     if not all(0 < a <= b for a, b in zip(first, last, strict=True)):
         return "times that go backwards"
-    if workload.new > 1 and any(a == b for a, b in zip(first, last, strict=True)) and times is not None:
+    paced = workload.kind in ("decode", "first")  # the number is of what comes after the first token
+    if workload.new > 1 and (paced or times is not None) and any(a == b for a, b in zip(first, last, strict=True)):
         return "all tokens at one moment"
+    together = reply.get("at_first", [1] * workload.sequences)
+    if paced and together is None:
+        return "tokens came several at once, and nobody says how many with the first: no rate"
+    if together is not None and not _counts(together, workload):
+        return "'at_first' is not one number of tokens for each sequence"
     if times is not None:
         wrong = _times(workload, times, first, last)
         if wrong:
@@ -52,6 +58,11 @@ def check(workload: Workload, reply: dict[str, Any], vocab_size: int, wall_s: fl
         if wall_s > max(last) * (1 + LATE_SHARE) + LATE_S:
             return f"the answer took {wall_s:.3g} s, the last token is said to have come after {max(last):.3g} s"
     return ""
+
+
+def _counts(value: Any, workload: Workload) -> bool:
+    whole = isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in value)
+    return whole and len(value) == workload.sequences and all(1 <= n <= workload.new for n in value)
 
 
 def _time(value: Any) -> bool:
@@ -77,7 +88,8 @@ def value(workload: Workload, reply: dict[str, Any]) -> float:
         return sum(workload.prompt_lengths) / first
     if workload.kind == "generate":
         return workload.sequences * workload.new / last
-    steps = workload.new - 1
+    together = reply.get("at_first") or [1] * workload.sequences
+    steps: int = workload.sequences * workload.new - sum(together)
     if workload.kind == "first":
-        return first / ((last - first) / steps)
-    return workload.sequences * steps / (last - first)
+        return first / ((last - first) / (steps / workload.sequences))
+    return steps / (last - first)

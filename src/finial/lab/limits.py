@@ -77,7 +77,9 @@ def busy(seconds: float = 0.5) -> float | None:
     before = taken_seconds()
     time.sleep(seconds)
     after = taken_seconds()
-    return None if before is None or after is None else (after - before) / seconds / (os.cpu_count() or 1)
+    if before is None or after is None:
+        return None
+    return min(1.0, (after - before) / seconds / (os.cpu_count() or 1))  # the kernel's clock ticks 100 times a second
 
 
 def _cpus() -> list[int]:

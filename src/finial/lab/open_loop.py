@@ -23,6 +23,7 @@ from finial.lab.workloads import Workload
 
 WORDS = "roof beam house rain winter stone wall light door garden river road field night morning bread".split()
 LINE_BYTES = 1 << 20
+WARMUPS = 2  # requests before the run, one after the other
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Load:
     """What to send.
 
     Attributes:
-        url: of the server, without /v1; model: its name there, "" asks the server.
+        url: of the server, with or without /v1; model: its name there, "" asks the server.
         rate: requests a second; seconds: for how long they leave.
         prompt_words, tokens: of each request; timeout_s: after which one counts as failed.
         key: API key.
@@ -45,6 +46,11 @@ class Load:
     timeout_s: float = 120.0
     seed: int = 0
     key: str = field(default="", repr=False)
+
+    @property
+    def name(self) -> str:
+        """Of its workload."""
+        return f"open loop, {self.rate:g} requests/s for {self.seconds:g} s"
 
     def arrivals(self) -> list[float]:
         """Seconds from the beginning at which requests are due."""
@@ -62,12 +68,14 @@ class Load:
         if urlsplit(self.url).scheme != "http" or not urlsplit(self.url).hostname:
             raise RequestError(f"{self.url!r} is no http:// address", fix="for example http://127.0.0.1:8000")
         model = self.model or await self._first_model()
-        start = time.perf_counter()
         draw = random.Random(self.seed + 1)
+        for _ in range(WARMUPS):  # what it makes at its first requests is not what is measured
+            await self._one(model, " ".join(draw.choices(WORDS, k=self.prompt_words)), 0.0, time.perf_counter())
+        start = time.perf_counter()
         tasks = []
         for due in self.arrivals():
             await asyncio.sleep(max(0.0, due - (time.perf_counter() - start)))
-            prompt = " ".join(draw.choice(WORDS) for _ in range(self.prompt_words))  # fresh: nothing is cached
+            prompt = " ".join(draw.choices(WORDS, k=self.prompt_words))  # fresh: nothing is cached
             tasks.append(asyncio.create_task(self._one(model, prompt, due, start)))
         return list(await asyncio.gather(*tasks))
 
@@ -118,7 +126,8 @@ class Load:
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 80, limit=LINE_BYTES)
         try:
             authorization = f"Authorization: Bearer {self.key}\r\n" if self.key else ""
-            head = f"{method} {parts.path.rstrip('/')}{path} HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
+            base = parts.path.rstrip("/").removesuffix("/v1")
+            head = f"{method} {base}{path} HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
             head += f"{authorization}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             writer.write(head.encode() + body)
             await writer.drain()
@@ -150,7 +159,7 @@ class Summary:
         tok_s: tokens of all that ended whole over the whole run; errors: how many did not, by reason.
         first: time to the first token, from when the request was due; gaps: between tokens.
         late: how long after they were due requests were sent, at most: above some ms this machine was the limit.
-        waiting: the most requests that were open at once.
+        waiting: the most requests that were open at once; good: requests that count for the goodput.
     """
 
     requests: int
@@ -161,6 +170,7 @@ class Summary:
     gaps: tuple[float, ...]
     late: float
     waiting: int
+    good: int = 0
 
 
 def summary(requests: Sequence[Request], first_s: float = 1.0, gap_s: float = 0.2) -> Summary:
@@ -190,17 +200,30 @@ def summary(requests: Sequence[Request], first_s: float = 1.0, gap_s: float = 0.
         gaps=percentiles([gap for gaps in each for gap in gaps]) if any(each) else (),
         late=max((r.sent - r.due for r in requests), default=0.0),
         waiting=max(itertools.accumulate(step for _, step in moments), default=0),
+        good=good,
     )
 
 
-def cell(load: Load, requests: Sequence[Request]) -> Cell:
-    """A run as a cell of a record; its number is tokens a second, its row failed when no request ended whole."""
+def words(requests: Sequence[Request]) -> str:
+    """A run in one sentence."""
     found = summary(requests)
-    name = f"open loop, {load.rate:g} requests/s for {load.seconds:g} s"
-    workload = Workload(name, "serve", depth=load.prompt_words, new=load.tokens, family="serve", rounds=1)
+    said = f"{found.goodput:.3g} requests/s in time, {found.tok_s:,.4g} tok/s"
+    for name, times in (("first token", found.first), ("between tokens", found.gaps)):
+        said += f"; {name} {' / '.join(f'{1e3 * t:,.3g}' for t in times)} ms (p50 / p95 / p99)" if times else ""
+    failed = sum(found.errors.values())
+    reasons = ", ".join(f"{count} × {reason}" for reason, count in found.errors.items())
+    return f"{said}; {f'{failed} of {found.requests} failed ({reasons})' if failed else 'none failed'}"
+
+
+def cell(load: Load, requests: Sequence[Request], model: str = "served") -> Cell:
+    """A run as a cell of a record; its number is tokens a second, its row failed when no request ended whole.
+
+    Args:
+        model: of the cell.
+    """
+    found = summary(requests)
+    workload = Workload(load.name, "serve", depth=load.prompt_words, new=load.tokens, family="serve", rounds=1)
     row = Row(samples=[Sample(value=found.tok_s, requests=list(requests))])
     if found.tok_s == 0:
         row = Row("failed", "; ".join(found.errors) or "no request was due", discarded=1)
-    return Cell(
-        load.model or "served", "served", 0, workload, None, None, {load.url: row}, time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    )
+    return Cell(model, "served", 0, workload, None, None, {load.url: row}, time.strftime("%Y-%m-%dT%H:%M:%S%z"))

@@ -7,6 +7,7 @@ Knows the table of engines and their files; nothing of arguments or pages.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from finial.errors import RequestError
 from finial.lab.engines.environments import EngineError
 from finial.lab.engines.setup import SetupError, make_file, missing
-from finial.lab.engines.table import ENGINES, SERVER, Engine, Places
+from finial.lab.engines.table import ENGINES, Engine, Places, server
 from finial.lab.quality import Quality
 from finial.lab.quality_run import Judge, open_worker
 from finial.lab.worker import WorkerError
@@ -80,7 +81,7 @@ def _engine(name: str, backend: str, url: str | None) -> Engine:
     if name == "server":
         if url is None:
             raise RequestError("engine server without an address", fix="add --url http://127.0.0.1:8000/v1")
-        return replace(SERVER, options={"url": url})
+        return server(url, os.environ.get("OPENAI_API_KEY", ""))
     if name == "finial":
         return replace(ENGINES[name], options={"backend": backend})
     found = next((e for e in ENGINES.values() if name in (e.name, e.environment)), None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import os
 import random
 import time
@@ -38,6 +39,7 @@ OTHERS_S = 0.2  # shorter samples are too short for the kernel's clock of 10 ms 
 
 PROBE_S = 0.5  # a reading so old still stands beside a sample that is shorter than half of it
 STEADY = 0.05  # two warm-up runs that differ by less are steady
+LEAST_ROUNDS = 5  # of a comparison that is cut short: fewer pairs show nothing
 WARM_S = 20.0  # of warming up, after which the next run counts
 KEPT_TIMES = 10  # rounds whose token times are in the record
 
@@ -80,7 +82,8 @@ class Runner:
         seed: of the order of engines in each round.
         memory_bytes: that one engine may hold.
         tick: called with a cell's key when it is done.
-        most_rounds: caps the rounds of workloads that leave them open.
+        most_rounds: caps the rounds of workloads that leave them open; cell_s does it by the seconds that a workload's
+            samples take, as long as each engine has `LEAST_ROUNDS`.
         meter: of energy; None: nothing is measured.
         window_s: of an engine's work whose energy is measured, at least; idle_s: of waiting with the engines loaded.
     """
@@ -99,12 +102,13 @@ class Runner:
         meter: Meter | None = None,
         window_s: float = WINDOW_S,
         idle_s: float = IDLE_S,
+        cell_s: float = math.inf,
     ) -> None:
         self._record, self._places, self._engines = record, places, engines
         self._probe, self._say, self._tick = probe, say, tick
         self._memory_bytes, self._most_rounds = memory_bytes, most_rounds
         self._meter = meter if meter is not None and meter.read().joules else None
-        self._window_s, self._idle_s = window_s, idle_s
+        self._window_s, self._idle_s, self._cell_s = window_s, idle_s, cell_s
         self._random = random.Random(seed)
         self._workers: dict[str, Worker] = {}
         self._failed: dict[str, str] = {}  # engine or subject -> why it is out of this group
@@ -171,7 +175,7 @@ class Runner:
         for name, verdict in verdicts.items():
             for row in [cell.engines[name] for cell in cells if verdict.flaws and name in cell.engines]:
                 if row.status == "ok":
-                    _reject(row, "invalid", verdict.flaws[0])
+                    reject(row, "invalid", verdict.flaws[0])
         self._record.save()
 
     def _subjects_of(self, group: Group) -> dict[str, Subject]:
@@ -223,6 +227,7 @@ class Runner:
     def _starts(self, group: Group, subjects: Sequence[Subject], vocab_size: int) -> None:
         """Load times and the memory of a short text, each start a process of its own."""
         cells = {w.kind: self._cell(group, w, subjects) for w in (LOAD, MEMORY)}
+        unknown: dict[str, WorkerError] = {}
         for round in range(group.starts):
             for order, subject in enumerate(self._shuffled(subjects)):
                 self._start(subject, group, 512)
@@ -232,19 +237,20 @@ class Runner:
                 try:
                     worker.ask("run", RUN_S, prompts=prompts(MEMORY, vocab_size, round), new=MEMORY.new, keep=False)
                     told = worker.ask("memory", RUN_S)
-                    if not told.get("peak_bytes"):
-                        raise WorkerError("this system does not say what a process held")
                 except WorkerError as error:
                     self._failed[subject.name] = str(error)
                     continue
                 finally:
                     worker.close()
                 for kind, number in (("load", self._replies[subject.name]["load_s"]), ("memory", told["peak_bytes"])):
+                    if not number:
+                        unknown[subject.name] = WorkerError("nobody says what its process held")
+                        continue
                     row = cells[kind].engines[subject.name]
                     row.samples.append(Sample(round, order, float(number)))
                     row.memory = {name: told[name] for name in told if name.endswith("_bytes")}
         for workload in (LOAD, MEMORY):
-            self._finish(group, workload, cells[workload.kind], subjects, {})
+            self._finish(group, workload, cells[workload.kind], subjects, unknown if workload is MEMORY else {})
 
     # --- samples -----------------------------------------------------------------------------------------------
 
@@ -259,9 +265,11 @@ class Runner:
         self._rest(group)
         nbytes = cell.floor.bytes if cell.floor is not None and workload.kind == "decode" else 0
         before = self._probed(group.threads, nbytes, 0.0)
-        rounds = max(needed.values(), default=0)
+        rounds, started = max(needed.values(), default=0), time.perf_counter()
         spare = rounds * len(subjects) // 2  # on a machine that is never quiet, trying again only costs time
         for round in range(rounds):
+            if round >= LEAST_ROUNDS and not workload.rounds and time.perf_counter() - started > self._cell_s:
+                break
             for order, subject in enumerate(self._shuffled(subjects)):
                 if subject.name not in self._workers or subject.name in failed or round >= needed[subject.name]:
                     continue
@@ -415,10 +423,10 @@ class Runner:
             row = cell.engines[subject.name]
             error = failed.get(subject.name)
             if error is not None:
-                _reject(row, "invalid" if isinstance(error, Invalid) else "failed", str(error))
+                reject(row, "invalid" if isinstance(error, Invalid) else "failed", str(error))
             elif subject.name in self._failed or subject.engine.name in self._failed:
                 reason = self._failed.get(subject.name) or self._failed[subject.engine.name]
-                _reject(row, "failed", reason)
+                reject(row, "failed", reason)
             reply = self._replies.get(subject.name, {})
             row.version, row.precision = str(reply.get("version", "")), str(reply.get("precision", ""))
             row.device, row.load_s = str(reply.get("device", "")), reply.get("load_s")
@@ -467,8 +475,8 @@ def idle_watts(meter: Meter, seconds: float) -> dict[str, float]:
     return {name: joules / found.seconds for name, joules in found.gross_j.items()}
 
 
-def _reject(row: Row, status: str, reason: str) -> None:
-    """A row without a number."""
+def reject(row: Row, status: str, reason: str) -> None:
+    """Take a row's numbers away."""
     row.status, row.reason, row.energy = status, reason, None
     row.discarded, row.samples = row.discarded + len(row.samples), []
 

@@ -8,6 +8,7 @@ Knows the lab's parts and the disk; prints through `say` alone.
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import subprocess
 import time
@@ -23,7 +24,7 @@ import finial
 from finial.errors import RequestError
 from finial.files.checkpoint import Checkpoint, open_checkpoint
 from finial.files.hub import resolve
-from finial.lab.engines.setup import missing
+from finial.lab.engines.setup import missing, unmakeable
 from finial.lab.engines.table import ENGINES, Engine, Places
 from finial.lab.estimate import estimate, workload_seconds
 from finial.lab.limits import Probe, busy
@@ -87,7 +88,7 @@ class Model:
 
 
 def choose(
-    names: Sequence[str], places: Places, quick: bool, formats: Sequence[str]
+    names: Sequence[str], places: Places, quick: bool, formats: Sequence[str], model: str = DEMO
 ) -> tuple[list[Engine], dict[str, str]]:
     """Engines to measure, and why others are left out.
 
@@ -106,6 +107,9 @@ def choose(
     for engine in ENGINES.values():
         reason = "" if set(formats) & set(engine.formats) else f"it has no file of format {', '.join(formats)}"
         reason = reason or missing(engine, places)
+        wanted = [format for format in formats if format in engine.formats]
+        if not reason and all(unmakeable(engine, places, model, format) for format in wanted):
+            reason = unmakeable(engine, places, model, wanted[0])
         if not reason and quick and engine.options.get("compile"):
             reason = f"it compiles for longer than all others run: --engine {engine.name!r}"
         if reason:
@@ -135,11 +139,13 @@ class Session:
         seed: int = 0,
         text: str = "sampled",
         reference: str = "auto",
+        cell_s: float = math.inf,
     ) -> None:
         """Opens the record at `out` when it is there.
 
         Args:
             text, reference: of the verdicts, as those of `finial.lab.quality_run.Judge`.
+            cell_s: of samples of one workload, as `Runner` has it.
 
         Raises:
             RequestError: a workload that does not fit the model; a record of another plan; an unknown reference.
@@ -158,11 +164,11 @@ class Session:
         self.seconds = estimate(self.groups, self._engines, model.checkpoint.nbytes, self._window_s)
         key = {
             "model": model.name,
-            "engines": [engine.name for engine in engines],
+            "engines": [" ".join(filter(None, (e.name, e.options.get("url", "")))) for e in engines],
             "groups": [{"format": g.format, "threads": g.threads, "starts": g.starts} for g in self.groups],
             "workloads": [asdict(w) for w in self.groups[0].workloads],
         }
-        self._text, self._reference = text, reference
+        self._text, self._reference, self._cell_s = text, reference, cell_s
         if (text, reference) != ("sampled", "auto"):
             key["verdict"] = [text, reference]
         key = _plain(key)
@@ -242,6 +248,7 @@ class Session:
                 meter=meter,
                 window_s=WINDOW_S,
                 idle_s=IDLE_S,
+                cell_s=self._cell_s,
             )
             with Judge(self._places, threads, self._text, self._reference) as judge:
                 for group in self.groups:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import finial
 from finial.lab.engines.environments import ENVIRONMENTS, state
-from finial.lab.engines.table import Engine, Places, make_command
+from finial.lab.engines.table import EXPORT, Engine, Places, make_command
 
 
 class SetupError(Exception):
@@ -35,6 +35,17 @@ def missing(engine: Engine, places: Places) -> str:
     find = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
     done = subprocess.run([str(python), "-c", find, engine.module], capture_output=True, check=False)
     return f"{engine.module} is not installed for {python}" if done.returncode else ""
+
+
+def unmakeable(engine: Engine, places: Places, model: str, format: str) -> str:
+    """Why an engine's file of a model is not there and cannot be made here; empty when it is or can."""
+    suffix, checkpoint = engine.formats[format], places.checkpoint(model)
+    if not suffix or suffix.endswith(".gguf") or engine.model_file(places, model, format).exists():
+        return ""
+    if checkpoint.suffix == ".gguf":
+        return "its file is made from a checkpoint's directory, not from GGUF"
+    made = places.python(EXPORT)
+    return "" if made.exists() else "its file is made in an environment of its own: finial engines install export"
 
 
 def make_file(places: Places, model: str, suffix: str) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,8 @@ class Engine:
     Attributes:
         adapter: file in adapters/; module: that it imports.
         environment: name of its virtual environment, "" for finial's own interpreter.
-        formats: it runs, each with the suffix of its file; "" is the checkpoint itself.
+        formats: it runs, each with the suffix of its file; "" is the checkpoint itself.  "stored" is the precision of
+            the checkpoint, or the nearest that the engine has; its row says which.
         slow: run only the workloads marked so.
         options: given to the adapter's `load`; each adapter's header names its own.
         uncached: whether it can compute without a KV cache.
@@ -121,21 +122,21 @@ ENGINES: Mapping[str, Engine] = {
             "run_openvino.py",
             "openvino_genai",
             "openvino",
-            {"bf16": "-openvino-fp16", "q8_0": "-openvino-int8", "q4_0": "-openvino-int4"},
+            {"stored": "-openvino-fp16", "bf16": "-openvino-fp16", "q8_0": "-openvino-int8", "q4_0": "-openvino-int4"},
         ),
         Engine(
             "onnxruntime-genai",
             "run_onnxruntime.py",
             "onnxruntime_genai",
             "onnxruntime",
-            {"f32": "-onnxruntime-fp32", "q4_0": "-onnxruntime-int4"},
+            {"stored": "-onnxruntime-fp32", "f32": "-onnxruntime-fp32", "q4_0": "-onnxruntime-int4"},
         ),
         Engine(
             "CTranslate2",
             "run_ctranslate2.py",
             "ctranslate2",
             "ctranslate2",
-            {"f32": "-ctranslate2-float32", "q8_0": "-ctranslate2-int8"},
+            {"stored": "-ctranslate2-float32", "f32": "-ctranslate2-float32", "q8_0": "-ctranslate2-int8"},
         ),
         Engine(
             "transformers eager",
@@ -168,6 +169,11 @@ ENGINES: Mapping[str, Engine] = {
 SERVER = Engine(
     "server", "run_openai.py", "finial", "", dict.fromkeys(("stored", "bf16", "q8_0", "q4_0", "q4_k_m"), "")
 )
+
+
+def server(url: str, key: str = "") -> Engine:
+    """The engine behind an address."""
+    return replace(SERVER, options={"url": url, **({"key": key} if key else {})})
 
 
 def make_command(places: Places, model: str, suffix: str, out: Path) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 from finial import __version__
 from finial.lab.analysis import DISTURBED, disturbances, energy_line, machine_line, precision_labels, readings
 from finial.lab.answer import answer
+from finial.lab.open_loop import summary
 from finial.lab.record import Data, Verdict
 from finial.lab.report.charts import pictures
 from finial.lab.report.results import Result, Study, best, joules, number, ours, percent, ratio, title
@@ -72,6 +73,7 @@ def _group(index: int, heading: str, cells: Sequence[Sequence[Result]]) -> dict[
         "title": heading,
         "engines": engines,
         "lines": [_line(cell, engines) for cell in cells],
+        "served": [_served(result) for result in results if result.ok and result.cell.workload.kind == "serve"],
         "energy": [_energy(result) for result in results if result.energy is not None],
         "verdicts": list(dict.fromkeys(f"{r.engine}: {verdict_words(r.verdict)}" for r in results if r.ok)),
         "failures": list(
@@ -104,6 +106,21 @@ def _value(result: Result | None, winner: Result | None) -> dict[str, Any]:
     parts += [f"{joules(result.energy.gross_j)} J/token"] if result.energy is not None else []
     detail = " · ".join([*parts, f"{number(result.value.low)} – {number(result.value.high)}"])
     return {"text": number(result.middle), "detail": detail, "problem": "", "best": result is winner}
+
+
+def _served(result: Result) -> dict[str, Any]:
+    found = summary(result.row.samples[0].requests or [])
+    return {
+        "name": result.cell.workload.name,
+        "server": result.engine,
+        "requests": found.requests,
+        "goodput": number(found.goodput),
+        "speed": number(found.tok_s),
+        "first": " / ".join(number(1e3 * t) for t in found.first) or "–",
+        "gaps": " / ".join(number(1e3 * t) for t in found.gaps) or "–",
+        "waiting": found.waiting,
+        "failed": ", ".join(f"{count} × {reason}" for reason, count in found.errors.items()) or "0",
+    }
 
 
 def _energy(result: Result) -> dict[str, str]:

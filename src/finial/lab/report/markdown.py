@@ -26,6 +26,7 @@ from finial.lab.analysis import (
     precision_labels,
     ratio,
     readings,
+    served,
     share,
     token_times,
 )
@@ -40,7 +41,14 @@ def render(data: Data, title: str = "Benchmark") -> str:
     parts = [f"# {title}, {data.started}", "", *_head(data), ""]
     for (model, format), cells in groups(data).items():
         parts += [f"## {model}, {format}", "", *_group(data, cells, notes), ""]
-        parts += [*_latencies(cells), *_growth(cells), *_energy(data, cells), *_verdicts(data, model, format), ""]
+        parts += [
+            *_latencies(cells),
+            *_served(data, cells),
+            *_growth(cells),
+            *_energy(data, cells),
+            *_verdicts(data, model, format),
+            "",
+        ]
     if notes:
         parts += ["## Not measured", "", *(f"{i}. {note}" for i, note in enumerate(notes, 1)), ""]
     return "\n".join([*parts, *_legend()]) + "\n"
@@ -139,6 +147,34 @@ def _latencies(cells: list[Cell]) -> Iterator[str]:
         yield "| | engine | time to first token, ms | between tokens, ms (p50 / p95 / p99) |"
         yield "|---|---|---|---|"
         yield from [*lines, ""]
+
+
+def _served(data: Data, cells: list[Cell]) -> Iterator[str]:
+    runs = [(cell, name, found) for cell, name, found in served(data) if cell in cells]
+    if not runs:
+        return
+    heads = (
+        "requests",
+        "goodput, requests/s",
+        "tok/s",
+        "first token, ms",
+        "between tokens, ms",
+        "waiting at most",
+        "failed",
+    )
+    yield f"| open loop | server | {' | '.join(heads)} |"
+    yield "|---" * (len(heads) + 2) + "|"
+    for cell, name, found in runs:
+        first, gaps = (" / ".join(f"{1e3 * t:.3g}" for t in times) or "–" for times in (found.first, found.gaps))
+        failed = ", ".join(f"{count} × {reason}" for reason, count in found.errors.items()) or "0"
+        figures = (found.requests, f"{found.goodput:.3g}", f"{found.tok_s:.4g}", first, gaps, found.waiting, failed)
+        yield f"| {cell.workload.name} | {name} | {' | '.join(map(str, figures))} |"
+    yield ""
+    yield (
+        "Goodput: requests that ended whole, with the first token within 1 s of when they were due and gaps within "
+        "0.2 s. Times: p50 / p95 / p99."
+    )
+    yield ""
 
 
 def _growth(cells: list[Cell]) -> Iterator[str]:

@@ -13,7 +13,7 @@ import ctranslate2
 import numpy as np
 from serve import Clock, serve
 
-TYPES = {"f32": "float32", "bf16": "bfloat16", "q8_0": "int8", "int8_float32": "int8_float32"}
+TYPES = {"stored": "float32", "f32": "float32", "bf16": "bfloat16", "q8_0": "int8", "int8_float32": "int8_float32"}
 
 
 class Session:

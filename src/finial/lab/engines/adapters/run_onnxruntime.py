@@ -29,7 +29,7 @@ class Session:
         self._model = og.Model(config)
         self._context = context
         self._kept: tuple[list[int], Any] | None = None
-        weights = {"q4_0": "int4 weights in blocks of 32", "f32": "float32 weights"}[format]
+        weights = "int4 weights in blocks of 32" if format == "q4_0" else "float32 weights"
         self.precision = f"{weights}, float32 KV cache and activations (its defaults)"
 
     def _generator(self, count: int, length: int) -> Any:

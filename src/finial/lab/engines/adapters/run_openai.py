@@ -47,6 +47,8 @@ class Session:
         if "url" not in options:
             raise ValueError("no url: say where the server is, such as http://127.0.0.1:8000/v1")
         self._url = urllib.parse.urlsplit(options["url"].rstrip("/"))
+        if not self._url.path:  # as most servers are called
+            self._url = self._url._replace(path="/v1")
         self._key = options.get("key", "")
         self._name = options.get("name") or self._get("/models")["data"][0]["id"]
         self._extras = True
@@ -61,7 +63,9 @@ class Session:
     # --- the protocol ------------------------------------------------------------------------------------------------
 
     def run(self, prompts: list[list[int]], new: int, keep: bool) -> dict[str, Any]:
-        """All prompts at once, a connection each.  `times` is given when every token came in a piece of its own."""
+        """All prompts at once, a connection each.  `times` is given when every token came in a piece of its own; else
+        `at_first` says how many came in the first, where the server gives ids.
+        """
         results: list[Any] = [None] * len(prompts)
 
         def one(sequence: int) -> None:
@@ -81,11 +85,13 @@ class Session:
             if isinstance(result, Exception):
                 raise result
         times = [result["times"] for result in results]
+        together = [1 if len(result["times"]) == new else result["at_first"] for result in results]
         return {
             "first": [found[0] for found in times],
             "last": [found[-1] for found in times],
             "tokens": [result["tokens"] for result in results],
             "times": times if all(len(found) == new for found in times) else None,
+            "at_first": None if None in together else together,
         }
 
     def score(self, ids: list[int], path: str) -> dict[str, Any]:
@@ -116,18 +122,20 @@ class Session:
         body["stream_options"] = {"include_usage": True}
         times: list[float] = []
         ids: list[int] = []
-        text, usage = "", None
+        text, usage, together = "", None, None
         for event in self._events(body):
             usage = event.get("usage") or usage
             for choice in event.get("choices") or []:
                 got = choice.get("token_ids") or []
                 if choice.get("text") or got:
                     times.append(time.perf_counter() - self._begin)
+                    together = len(got) or None if len(times) == 1 else together
                     text += choice.get("text") or ""
                     ids += got
         if not times:
             raise Refused(f"{self._name} ended without a token")
-        return {"times": times, "tokens": self._tokens(ids, text, self._count(usage, prompt, new))}
+        tokens = self._tokens(ids, text, self._count(usage, prompt, new))
+        return {"times": times, "tokens": tokens, "at_first": together}
 
     def _count(self, usage: dict[str, Any] | None, prompt: list[int], new: int) -> int:
         """Equal work, by the server's own count."""
