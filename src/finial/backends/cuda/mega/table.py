@@ -466,7 +466,7 @@ def kernel(plan: Plan, page_size: int, *, bulk: bool = True, least: int = 128) -
         LEAST=least,
         BULK=bulk,
         GB=plan.heads,
-        U=4 if shape.head_dim <= 128 else 2,
+        U=4 if shape.head_dim <= 128 and shape.cache == "bf16" else 2,
         PAGE=page_size,
         WINDOW=shape.window or 0,
         EPS=float(shape.eps),

@@ -1,0 +1,100 @@
+"""The megakernel of real models, compiled by NVRTC for each architecture that it runs on; no GPU, no driver.
+
+Limits: no spills, no stack frame, no static shared memory, dynamic shared memory within the device's, registers of nine
+warps (allotted by fours) within the 65,536 of a multiprocessor.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from cuda_twin import CXX, FLAGS, HERE
+from finial.backends.cuda import kernels
+from finial.backends.cuda.compiler import ARCHITECTURES, compile_kernels, usage
+from finial.backends.cuda.kernels import SOURCES, Kernel
+from finial.backends.cuda.mega import table
+from finial.backends.cuda.mega.table import make_plan
+from test_mega_table import REAL, SHARED
+
+MOST_REGISTERS = 168
+# capability -> of the models: (name, format, cache, rows, tokens are drawn)
+CHOSEN = {
+    80: [("Qwen3-0.6B", "bf16", "bf16", 1, False), ("Llama-3.2-1B", "fp8", "bf16", 2, False)],
+    86: [("Llama-3.2-1B", "q8_0", "q8_0", 1, False)],
+    89: [("Qwen2.5-1.5B", "fp8", "bf16", 1, True)],
+    90: [
+        ("Qwen3-0.6B", "bf16", "bf16", 1, False),
+        ("Llama-3.2-1B", "bf16", "f32", 4, False),
+        ("Qwen2.5-1.5B", "q8_0", "bf16", 2, True),
+        ("Qwen3-0.6B", "fp8", "q8_0", 8, False),
+    ],
+    100: [("Qwen3-0.6B", "bf16", "bf16", 8, True)],
+    120: [("Qwen2.5-1.5B", "bf16", "bf16", 1, False)],
+}
+
+
+def real(name: str, format: str, cache: str, rows: int, sampled: bool, capability: int) -> Kernel:
+    shape = replace(REAL[name], format=format, cache=cache)
+    plan = make_plan(shape, rows=rows, multiprocessors=132, shared=SHARED[capability], sampled=sampled)
+    return table.kernel(plan, 32, bulk=capability >= 90)
+
+
+@pytest.mark.parametrize("capability", list(CHOSEN))
+def test_compiles_within_limits(capability: int) -> None:
+    if importlib.util.find_spec("cuda") is None:
+        assert os.environ.get("CI") != "true", "no cuda-core: it is one of finial[test]"
+        pytest.skip('no NVRTC here; pip install "finial[cuda]" to compile the CUDA kernels')
+    built = [real(*chosen, capability) for chosen in CHOSEN[capability]]
+    cubin, log = compile_kernels(built, ARCHITECTURES[capability])
+    assert cubin[:4] == b"\x7fELF"
+    for kernel in built:
+        used = usage(log, kernel)
+        assert not (used.stack or used.spill_bytes or used.shared), used
+        assert 0 < used.registers <= MOST_REGISTERS, used
+        warps = -(-kernel.threads // 128) * 4
+        assert used.registers * warps * 32 <= 65536
+        assert kernel.shared <= SHARED[capability] - table.RESERVED_SHARED
+
+
+@pytest.mark.skipif(CXX is None, reason="no g++ here")
+@pytest.mark.parametrize("normed, bias, format", [(True, False, "fp8"), (False, True, "bf16"), (False, False, "q8_0")])
+def test_host_and_kernel_agree(normed: bool, bias: bool, format: str) -> None:
+    """Argument structs, kinds of entries, offsets of vectors and sizes, in C++ and in Python."""
+    shape = replace(REAL["Qwen3-0.6B"], normed=normed, bias=bias, format=format)
+    plan = make_plan(shape, rows=2, multiprocessors=7, shared=227 << 10, sampled=True)
+    kernel = table.kernel(plan, 32)
+    parts = f"Parts<{kernel.name}_constants>"
+    offsets, stride, after, _ = table.vectors(shape)
+    known = {
+        "ATTN_NORM": "attn_norm",
+        "MLP_NORM": "mlp_norm",
+        "Q_NORM": "q_norm",
+        "K_NORM": "k_norm",
+        "QKV_BIAS": "qkv_bias",
+        "QKV_SCALES": "qkv_scales",
+        "O_SCALES": "o_scales",
+        "GATE_UP_SCALES": "gate_up_scales",
+        "DOWN_SCALES": "down_scales",
+    }
+    equal = {f"{parts}::{name}": offsets[ours] for name, ours in known.items()}
+    equal |= {f"{parts}::LAYER": stride, f"{parts}::FINAL_NORM": after["final_norm"]}
+    equal |= {f"{parts}::HEAD_SCALES": after["head_scales"], f"{parts}::SHARED": kernel.shared}
+    equal |= {f"{parts}::U::BYTES": table.UNIT_BYTES[format], f"{parts}::PARTS": plan.parts}
+    equal |= {name: at for at, name in enumerate(table.NAMES)}
+    equal |= {"END": table.END, "COUNTER_STRIDE": table.COUNTER_STRIDE, "STOPS": table.STOPS}
+    equal |= {"(int)sizeof(Entry)": table.ENTRY * 4}
+    at = 0
+    for kind, name in kernels._FIELDS["MegaArgs"]:
+        equal[f"(int)offsetof(MegaArgs, {name})"] = at
+        at += 8 if kind == "P" else 4
+    equal["(int)sizeof(MegaArgs)"] = at
+    asserts = "".join(f'static_assert({left} == {right}, "");\n' for left, right in equal.items())
+    command = [CXX or "", *FLAGS, "-fsyntax-only", f"-I{SOURCES}", f"-I{HERE}", "-x", "c++", "-"]
+    text = "#include <cstddef>\n" + kernels.program([kernel]) + asserts
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:3000]
