@@ -95,9 +95,14 @@ class TwinDevice:
         seed: int = 1,
         gather: set[Kernel] | None = None,
         base: int = BASE,
+        refuses_waiting: str = "the twin's blocks take turns",
     ) -> None:
-        """`gather`: kernels are put there and nothing runs: `preload` compiles those of many programs at once."""
+        """`gather`: kernels are put there and nothing runs: `preload` compiles those of many programs at once.
+
+        `refuses_waiting` "": the megakernel may run.
+        """
         self.name, self.capability, self.multiprocessors = "twin", capability, multiprocessors
+        self.shared_memory, self.refuses_waiting = 227 << 10, refuses_waiting
         self.launched: list[Launch] = []  # by the last replay
         self.templates: set[str] = set()  # by all of them
         self._seed, self._gather = seed, gather
@@ -167,6 +172,15 @@ class TwinDevice:
         self._queue.extend(recording)
         self.launched = recording
         self.templates |= {launch.kernel.template for launch in recording}
+
+    def resident(self, kernel: Kernel) -> int:
+        return self.multiprocessors
+
+    def launch(self, launch: Launch) -> None:
+        self.preload([launch.kernel])
+        self._queue.append(launch)
+        self.launched = [launch]
+        self.templates.add(launch.kernel.template)
 
     def synchronize(self) -> None:
         while self._queue:

@@ -118,6 +118,11 @@ class Executable:
         steps: Generator[np.ndarray, None, None] | None = program.ahead(step.feeds(), self._states[0], ahead)
         return steps
 
+    @property
+    def notes(self) -> list[str]:
+        """What backends have to say of how they run, a line each."""
+        return [note for program in self._programs for note in getattr(program, "notes", [])]
+
     def profile(self, on: bool) -> None:
         """From now on note what each instruction of a step takes, from zero; or stop noting.
 

@@ -192,6 +192,11 @@ class LLM:
         """From now on note what each operation of a step takes, from zero; or stop noting.  See `timings`."""
         self._executable.profile(on)
 
+    @property
+    def notes(self) -> list[str]:
+        """What the backend has to say of how it runs, a line each: on cuda, which way it decodes and why."""
+        return self._executable.notes
+
     def timings(self) -> list[Timing]:
         """What was noted since `profile()`, in the order of a step; nothing but on the cpu backend."""
         return self._executable.timings()

@@ -58,6 +58,7 @@ class Stats:
     cache: bool
     sampling: str
     seed: int
+    notes: list[str]
 
 
 def measure(llm: LLM, completion: Completion, sampling: str, bandwidth: bool = True) -> Stats:
@@ -107,6 +108,7 @@ def measure(llm: LLM, completion: Completion, sampling: str, bandwidth: bool = T
         cache=info.cache,
         sampling=sampling,
         seed=completion.choices[0].seed,
+        notes=llm.notes,
     )
 
 
@@ -164,6 +166,8 @@ def stats_page(stats: Stats) -> Page:
     isa = [stats.isa] if stats.isa else []
     threads = [count(stats.threads, "thread")] if stats.threads else []
     page.row("backend", " · ".join([stats.backend, *isa, *threads]))
+    for note in stats.notes:
+        page.row("", note)
     page.row("sampling", stats.sampling + (f" · seed {stats.seed}" if not stats.sampling.startswith("greedy") else ""))
     return page
 

@@ -48,11 +48,15 @@ class Device(Protocol):
         name: for messages, such as "cuda:0 NVIDIA H200".
         capability: as 90.
         multiprocessors: how many.
+        shared_memory: bytes that a block may have.
+        refuses_waiting: why blocks of one launch must not wait for each other; "": they may.
     """
 
     name: str
     capability: int
     multiprocessors: int
+    shared_memory: int
+    refuses_waiting: str
 
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes."""
@@ -80,6 +84,12 @@ class Device(Protocol):
 
     def replay(self, recording: Any) -> None:
         """Run the launches in order, each after the one before; returns before they end."""
+
+    def resident(self, kernel: Kernel) -> int:
+        """Blocks of a kernel that can be at work at once."""
+
+    def launch(self, launch: Launch) -> None:
+        """Run one launch, all of whose blocks are at work at once; returns before it ends."""
 
     def synchronize(self) -> None:
         """Wait for everything asked for."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from finial.errors import BackendError
 
 _STATIC_SHARED = 48 << 10  # dynamic shared memory beyond this is asked for by name (CUDA C++ programming guide)
 _PINNED = 4 << 20
+# What processes under NVIDIA's Multi-Process Service have set (its documentation, environment variables).
+_MPS_VARIABLES = ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT")
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY (driver API, CUresult): no failure
 
 
@@ -70,6 +73,16 @@ def _call(cu: Any, result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values) or None
 
 
+def _refuses_waiting(*, cooperative: bool, mps: bool, environment: Mapping[str, str]) -> str:
+    """Why blocks of one launch must not wait for each other; "" where the driver promises that all are at work."""
+    if not cooperative:
+        return "this GPU and driver have no cooperative launch"
+    named = next((name for name in _MPS_VARIABLES if environment.get(name)), "")
+    if mps or named:
+        return f"the GPU is shared by way of MPS ({named or 'says the driver'})"
+    return ""
+
+
 class CudaDevice:
     """See `finial.backends.cuda.device.Device`.
 
@@ -89,6 +102,13 @@ class CudaDevice:
 
         self.capability = attribute("COMPUTE_CAPABILITY_MAJOR") * 10 + attribute("COMPUTE_CAPABILITY_MINOR")
         self.multiprocessors = attribute("MULTIPROCESSOR_COUNT")
+        self.shared_memory = attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+        self.refuses_waiting = _refuses_waiting(
+            cooperative=bool(attribute("COOPERATIVE_LAUNCH")),
+            # CUDA 12.4 and newer say so themselves (driver API, CU_DEVICE_ATTRIBUTE_MPS_ENABLED).
+            mps=hasattr(kind, "CU_DEVICE_ATTRIBUTE_MPS_ENABLED") and bool(attribute("MPS_ENABLED")),
+            environment=os.environ,
+        )
         name = _call(cu, cu.cuDeviceGetName(128, device)).split(b"\0")[0].decode(errors="replace")
         self.name = f"cuda:{index} {name}"
         self.arch = architecture(self.capability)
@@ -206,6 +226,20 @@ class CudaDevice:
         self._enter()
         _call(self._cu, self._cu.cuGraphLaunch(recording, self._stream))
 
+    def resident(self, kernel: Kernel) -> int:
+        """Blocks of a kernel that can be at work at once."""
+        self._enter()
+        self._load([Launch(kernel, (1, 1, 1), b"")])
+        most = self._cu.cuOccupancyMaxActiveBlocksPerMultiprocessor
+        each = _call(self._cu, most(self._functions[kernel], kernel.threads, kernel.shared))
+        return int(each) * self.multiprocessors
+
+    def launch(self, launch: Launch) -> None:
+        """Run one launch, all of whose blocks are at work at once."""
+        self._enter()
+        self._load([launch])
+        self._launch(launch, False)
+
     def run_each(self, launches: Sequence[Launch]) -> list[float]:
         """The milliseconds of each launch, one after another with a wait between them; to find what takes the time."""
         self._load(launches)
@@ -245,7 +279,12 @@ class CudaDevice:
         config.sharedMemBytes = launch.kernel.shared
         config.hStream = self._stream
         attributes = []
-        if dependent:
+        if launch.kernel.cooperative:
+            attribute = cu.CUlaunchAttribute()
+            attribute.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+            attribute.value.cooperative = 1
+            attributes.append(attribute)
+        elif dependent:
             attribute = cu.CUlaunchAttribute()
             attribute.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1

@@ -38,6 +38,7 @@ class Model:
 
     Attributes:
         items: what runs, in order.
+        formats: of matrices, by name.
         exact: all matrices are f32, so that nothing is rounded for tensor cores, in attention neither.
         picked: outputs of select_rows that are read by products alone.
         half: values that are made by attention or by a gated product and read by nothing but products that round
@@ -48,13 +49,13 @@ class Model:
     def __init__(self, graph: Graph, weights: Mapping[str, Tensor], device: Device) -> None:
         self.graph, self.device = graph, device
         self._weights = weights
-        self._formats = {
+        self.formats = {
             value.name: _format(value.name, weights[value.name])
             for value in graph.of_kind("weight")
             if len(value.shape) == 2
         }
-        self.exact = set(self._formats.values()) == {"f32"}
-        self.items: list[Item] = plan(graph, self._formats)
+        self.exact = set(self.formats.values()) == {"f32"}
+        self.items: list[Item] = plan(graph, self.formats)
         readers: dict[str, list[Item]] = {}
         for item in self.items:
             for name in item.inputs:
@@ -82,7 +83,7 @@ class Model:
         made = {item.node.outputs[0] for item in self.items if isinstance(item, Attention)}
         for item in self.items:
             if isinstance(item, Products):
-                gated = (p for p in item.products if p.up is not None and self._formats[p.node.inputs[1]] != "f32")
+                gated = (p for p in item.products if p.up is not None and self.formats[p.node.inputs[1]] != "f32")
                 made |= {product.output for product in gated}
 
         def rounds(item: Item, name: str) -> bool:
@@ -90,7 +91,7 @@ class Model:
                 isinstance(item, Products)
                 and item.x == name
                 and item.norm is None
-                and all(p.add != name and self._formats[n.inputs[1]] != "f32" for p in item.products for n in p.nodes)
+                and all(p.add != name and self.formats[n.inputs[1]] != "f32" for p in item.products for n in p.nodes)
             )
 
         return {
@@ -132,7 +133,7 @@ class Model:
         if (names, biases) in self._matrices:
             return
         tensors = [self._weights[name] for name in names]
-        format, out, k = self._formats[names[0]], sum(t.shape[0] for t in tensors), tensors[0].shape[1]
+        format, out, k = self.formats[names[0]], sum(t.shape[0] for t in tensors), tensors[0].shape[1]
         data, scales = pack_matrix(tensors, format, interleave)
         bias = 0
         if biases:

@@ -8,6 +8,7 @@ Knows the meaning of a step's integers; nothing of engines and sampling.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from finial.backends import Ahead, Draw
 from finial.backends.cuda import ahead as runs
-from finial.backends.cuda import kernels
+from finial.backends.cuda import kernels, run_feeds
 from finial.backends.cuda.device import Device, Launch, free_all
 from finial.backends.cuda.feeds import (
     Ints,
@@ -33,8 +34,11 @@ from finial.backends.cuda.feeds import (
 )
 from finial.backends.cuda.kernels import cache_row_bytes, flash_tokens
 from finial.backends.cuda.lower import Lowering
+from finial.backends.cuda.mega import program as megakernel
+from finial.backends.cuda.mega.shape import Unsuited
 from finial.backends.cuda.model import Model
 from finial.backends.cuda.ring import Ring
+from finial.backends.cuda.ways import Trial, TryOut, Ways
 from finial.backends.cuda.workspace import Place, Workspace
 from finial.errors import BackendError
 from finial.formats import Tensor
@@ -77,10 +81,15 @@ class CudaState:
     nbytes: int
     caches: dict[str, int]
     recorded: dict[Shape, Recorded] = field(default_factory=dict)
+    sessions: dict[tuple[int, bool], megakernel.Session] = field(default_factory=dict)  # by bucket, whether drawn
 
 
 class CudaProgram:
-    """See `finial.backends.Program`."""
+    """See `finial.backends.Program`.
+
+    Attributes:
+        ways: how runs of steps are decoded, and why.
+    """
 
     def __init__(self, graph: Graph, weights: Mapping[str, Tensor], device: Device) -> None:
         self.graph, self.device = graph, device
@@ -99,12 +108,21 @@ class CudaProgram:
         self._indices = indices(graph)
         self._ring: Ring | None = None
         self._groups = {_group(graph, node) for node in graph.nodes if node.op == "attention"}
+        self.ways = Ways(self.model, weights, device)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person may want to know of how steps are decoded."""
+        return self.ways.notes
 
     def new_state(self, pages: int, page_size: int) -> CudaState:
         """See `Program.new_state`."""
         sizes = {value.name: _slot_bytes(value) * pages * page_size for value in self.graph.of_kind("state")}
         free, total = self.device.memory()
         need, free = sum(sizes.values()), max(0, free - headroom(total))
+        if need > free and self.ways.mega is not None and self.ways.asked != "mega":
+            self.ways.give_up(f"the megakernel's {self.ways.mega.nbytes:,} bytes are wanted for the cache", warn=False)
+            free = max(0, self.device.memory()[0] - headroom(total))
         if need > free:
             slot = sum(_slot_bytes(value) for value in self.graph.of_kind("state"))
             raise BackendError(
@@ -181,15 +199,79 @@ class CudaProgram:
             and own_pages(feeds, ahead.limits, state.page_size)
         ):
             return None
+        return self._start(feeds, state, ahead, self.ways.mega_runs(rows, self._try_out(state.page_size)))
+
+    def _start(
+        self, feeds: Mapping[str, np.ndarray], state: CudaState, ahead: Ahead, by_mega: bool
+    ) -> Generator[Ints, None, None]:
         recorded, _ = self._prepare(feeds, state, ahead.draws, feeds["lengths"] + ahead.limits - 1)
         if self._ring is None:
             self._ring = Ring(self.device)
+        if by_mega and megakernel.fits(ahead):
+            started = self._start_mega(feeds, state, ahead, recorded, self._ring)
+            if started is not None:
+                return started
         if recorded.ahead is None:
+            value = self.graph.values[self.graph.outputs[0]]
             recorded.ahead = self._record_ahead(recorded, state, value, self._ring)
         recording, block = recorded.ahead
         epoch = self._ring.epochs(len(ahead.uniforms))
         block.upload(self.device, ahead, epoch)
         return runs.run(self.device, self._ring, recording, ahead, epoch)
+
+    def _start_mega(
+        self, feeds: Mapping[str, np.ndarray], state: CudaState, ahead: Ahead, recorded: Recorded, ring: Ring
+    ) -> Generator[Ints, None, None] | None:
+        """A run by the megakernel; None: it has no kernel for so many rows."""
+        mega = self.ways.mega
+        assert mega is not None
+        size, drawn = bucket(len(feeds["tokens"])), any(draw.temperature != 0 for draw in ahead.draws)
+        if (size, drawn) not in state.sessions:
+            try:
+                state.sessions[size, drawn] = mega.session(size, drawn, state.caches, state.page_size)
+            except Unsuited as reason:
+                if self.ways.asked != "mega":
+                    self.ways.give_up(str(reason))
+                return None
+        session = state.sessions[size, drawn]
+        given = {name: np.array(array) for name, array in feeds.items()}  # for later, if need be
+        run = megakernel.Run(
+            ahead,
+            given[mega.recognised.tokens],
+            given[mega.recognised.positions],
+            recorded.pages,
+            recorded.page_stride,
+            recorded.block + 4 * recorded.offsets["requests"][0],
+        )
+
+        def go_on(done: int, last: list[int], left: list[int]) -> Generator[Ints, None, None] | None:
+            where = session.error()
+            self.ways.give_up(f"block {where[0]} of the megakernel waited in vain at entry {where[1]}" if where else "")
+            return self._go_on(given, state, ahead, done, last, left)
+
+        return megakernel.start(mega, session, run, ring, go_on)
+
+    def _go_on(
+        self, feeds: dict[str, np.ndarray], state: CudaState, ahead: Ahead, done: int, last: list[int], left: list[int]
+    ) -> Generator[Ints, None, None] | None:
+        """The rest of a run of which so many steps are done, by graph; None: nobody is left."""
+        rows, rest, less = run_feeds.rest(feeds, ahead, done=done, last=last, left=left, page_size=state.page_size)
+        return run_feeds.spread(self._start(rest, state, less, False), rows, len(left)) if len(rows) else None
+
+    def _try_out(self, page_size: int) -> TryOut:
+        """Steps of so many rows over a cache of their own, by one of the two ways; the first time compiles."""
+
+        def run(rows: int, by_mega: bool) -> Trial:
+            vocab = int(self.graph.values[self.graph.outputs[0]].shape[1])
+            feeds, ahead = run_feeds.trial(rows, page_size, vocab)
+            state = self.new_state(feeds["pages"].size, page_size)
+            for _ in range(2):
+                started = time.perf_counter()
+                tokens = np.array(list(self._start(feeds, state, ahead, by_mega)))
+                seconds = time.perf_counter() - started
+            return Trial(seconds / len(tokens), tokens)
+
+        return run
 
     def _record_ahead(
         self, recorded: Recorded, state: CudaState, logits: Value, ring: Ring

@@ -1,0 +1,241 @@
+"""The megakernel as a user meets it, through a whole LLM on the twin: texts, seeds, ends, choice, refusals, failure."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import models
+from cuda_twin import CXX, TwinDevice
+from finial.backends.cuda import driver
+from finial.backends.cuda.device import Launch
+from finial.backends.cuda.mega import program as megakernel
+from finial.backends.cuda.program import CudaProgram, headroom
+from finial.backends.cuda.ways import VARIABLE, Trial, TryOut
+from finial.engine import runs
+from finial.errors import BackendError
+from finial.llm import LLM
+
+if CXX is None:
+    assert os.environ.get("CI") != "true", "no g++: see .ci/run"
+    pytest.skip("no g++ here; install it to run the CUDA kernels on the CPU", allow_module_level=True)
+
+PROMPTS = [[5, 6, 7], [9, 3, 30, 31, 8, 2]]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("models")
+
+    def of(name: str) -> Path:
+        if not (root / name).exists():
+            models.save(name, root / name)
+        return root / name
+
+    return of
+
+
+Load = Callable[..., tuple[LLM, TwinDevice]]
+
+
+@pytest.fixture
+def load(saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Load:
+    """An LLM on a twin whose blocks are at work at once, and that twin."""
+
+    def of(way: str, name: str = "qwen3", *, refuses: str = "", **options: Any) -> tuple[LLM, TwinDevice]:
+        device = TwinDevice(multiprocessors=3, refuses_waiting=refuses)
+        monkeypatch.setattr(driver, "open_device", lambda index=0: device)
+        monkeypatch.setenv(VARIABLE, way)
+        monkeypatch.setattr(runs, "AHEAD_S", 1e6)  # a step takes long here
+        options = {"max_context": 96, "max_batch": 4, "kv_format": "f32"} | options
+        return LLM(str(saved(name)), backend="cuda", **options), device
+
+    return of
+
+
+def texts(llm: LLM, prompts: list[list[int]], **sampling: Any) -> list[list[int]]:
+    """The tokens of prompts side by side."""
+    return [completion.tokens for completion in llm.generate(prompts, **sampling)]
+
+
+@pytest.fixture
+def reference(saved: Callable[[str], Path]) -> Callable[..., list[list[int]]]:
+    def of(name: str, prompts: list[list[int]], **sampling: Any) -> list[list[int]]:
+        with LLM(str(saved(name)), backend="reference", max_context=96, max_batch=4, kv_format="f32") as llm:
+            return texts(llm, prompts, **sampling)
+
+    return of
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2"])
+def test_greedy_text_is_the_references(name: str, load: Load, reference: Callable[..., list[list[int]]]) -> None:
+    """More tokens than a launch has steps, several rows of which some end before others."""
+    llm, device = load("mega", name)
+    for prompts, count in ((PROMPTS[:1], 21), (PROMPTS, 10)):
+        sampling = {"max_tokens": count, "temperature": 0.0, "ignore_eos": True}
+        assert texts(llm, prompts, **sampling) == reference(name, prompts, **sampling)
+    assert "mega" in device.templates
+    assert llm.notes == [
+        "decoding 1 row by megakernel, as FINIAL_CUDA says",
+        "decoding up to 2 rows by megakernel, as FINIAL_CUDA says",
+    ]
+
+
+def test_seeds_and_stop_tokens_mean_the_same(load: Load, reference: Callable[..., list[list[int]]]) -> None:
+    llm, device = load("mega")
+    sampling = {"max_tokens": 12, "temperature": 0.8, "top_p": 0.9, "seed": 11, "ignore_eos": True}
+    expected = reference("qwen3", PROMPTS, **sampling)
+    assert texts(llm, PROMPTS, **sampling) == expected
+    stop = expected[0][5]  # ends the first row in the middle of a launch
+    ended = {**sampling, "stop_ids": [stop]}
+    assert texts(llm, PROMPTS, **ended) == reference("qwen3", PROMPTS, **ended)
+    assert "mega" in device.templates
+
+
+def test_a_launch_that_gives_up_changes_no_token(
+    load: Load,
+    reference: Callable[..., list[list[int]]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A block's wait is made longer than any arrival: the steps before are kept, the graph does the others."""
+    llm, device = load("mega")
+    sampling = {"max_tokens": 30, "temperature": 0.0, "ignore_eos": True}
+    expected = reference("qwen3", PROMPTS, **sampling)
+    monkeypatch.setattr(megakernel, "LIMIT_NS", 20_000_000)
+    launched = device.launch
+    launches: list[int] = []
+
+    def spoilt(launch: Any) -> None:
+        launches.append(1)
+        if len(launches) == 3:  # a counter behind: its waits end in vain
+            (session,) = sessions(llm)
+            device.upload(session.addresses["counters"], np.full(1, -1000, np.int32).view(np.uint32))
+        launched(launch)
+
+    monkeypatch.setattr(device, "launch", spoilt)
+    with caplog.at_level(logging.WARNING):
+        assert texts(llm, PROMPTS, **sampling) == expected
+    said = [record.getMessage() for record in caplog.records if record.name == "finial.cuda"]
+    assert len(said) == 1 and "of the megakernel waited in vain at entry" in said[0]
+    assert llm.notes[-1].startswith("decoding by graph from now on: block ")
+    before = len(launches)
+    assert texts(llm, PROMPTS, **sampling) == expected  # by graph, without another word
+    assert len(launches) == before and len(caplog.records) == 1
+
+
+def sessions(llm: LLM) -> list[megakernel.Session]:
+    return list(llm._executable._states[0].sessions.values())
+
+
+@pytest.mark.parametrize(
+    "mega_s, same, chosen",
+    [
+        (0.5, True, "by megakernel: megakernel 500.000 ms a step, graph 1000.000 ms"),
+        (2.0, True, "by graph: megakernel 2000.000 ms a step, graph 1000.000 ms"),
+        (0.5, False, "by graph: the megakernel's tokens differ (megakernel 500.000 ms a step, graph 1000.000 ms)"),
+    ],
+)
+def test_the_faster_way_is_found_by_trying_both(
+    mega_s: float,
+    same: bool,
+    chosen: str,
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+    reference: Callable[..., list[list[int]]],
+) -> None:
+    """Both run, over a cache of their own; only their times are made up here."""
+    real = CudaProgram._try_out
+
+    def timed(self: CudaProgram, page_size: int) -> TryOut:
+        run = real(self, page_size)
+
+        def one(rows: int, by_mega: bool) -> Trial:
+            found = run(rows, by_mega)
+            assert found.step_s > 0 and found.tokens.shape == (24, rows)
+            return Trial(mega_s if by_mega else 1.0, found.tokens if same or not by_mega else found.tokens + 1)
+
+        return one
+
+    monkeypatch.setattr(CudaProgram, "_try_out", timed)
+    sampling = {"max_tokens": 5, "temperature": 0.0, "ignore_eos": True}
+    llm, device = load("auto")
+    device.templates.clear()
+    assert texts(llm, PROMPTS[:1], **sampling) == reference("qwen3", PROMPTS[:1], **sampling)
+    assert llm.notes == [f"decoding 1 row {chosen}"]
+    assert device.templates >= {"mega", "sample_ahead"}
+    device.templates.clear()
+    texts(llm, PROMPTS[:1], **sampling)
+    assert ("mega" in device.templates) == (mega_s < 1 and same)
+
+
+def test_why_the_megakernel_does_not_run_is_said(load: Load) -> None:
+    reason = "the GPU is shared by way of MPS (CUDA_MPS_PIPE_DIRECTORY)"
+    llm, device = load("auto", refuses=reason)
+    assert llm.notes == [f"decoding by graph, not by megakernel: {reason}"]
+    texts(llm, PROMPTS, max_tokens=4, temperature=0.0)
+    assert "mega" not in device.templates
+    with pytest.raises(BackendError, match="the megakernel does not run this model here: the GPU is shared") as caught:
+        load("mega", refuses=reason)
+    assert "leave FINIAL_CUDA away" in caught.value.fix
+    llm, _ = load("auto", format="f32")
+    assert llm.notes == ["decoding by graph, not by megakernel: weights in f32 are not streamed, only bf16, fp8, q8_0"]
+    llm, _ = load("graph")
+    assert llm.notes == ["decoding by graph, as FINIAL_CUDA says"]
+    with pytest.raises(BackendError, match="FINIAL_CUDA is 'fast'"):
+        load("fast")
+
+
+@pytest.mark.parametrize(
+    "cooperative, mps, environment, expected",
+    [
+        (True, False, {}, ""),
+        (False, False, {}, "this GPU and driver have no cooperative launch"),
+        (True, True, {}, "the GPU is shared by way of MPS (says the driver)"),
+        (True, False, {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "50"}, "the GPU is shared by way of MPS (CUDA_MPS_ACTIVE"),
+    ],
+)
+def test_blocks_do_not_wait_where_others_may_take_their_place(
+    cooperative: bool, mps: bool, environment: dict[str, str], expected: str
+) -> None:
+    said = driver._refuses_waiting(cooperative=cooperative, mps=mps, environment=environment)
+    assert said.startswith(expected) and bool(said) == bool(expected)
+
+
+def test_streams_make_room_for_the_cache(load: Load) -> None:
+    """A cache that fits only without them is given their room, and that is said."""
+    llm, device = load("auto")
+    mega = llm._executable._programs[0].ways.mega
+    free, total = device.memory()
+    assert mega is not None
+    device.allocate(free - headroom(total) - 1024)
+    before, positions = llm.info.kv_bytes, llm.info.cache_tokens
+    more = mega.nbytes // 2 // (before // positions)
+    llm._executable.reserve((positions + more) // 16, 16)
+    assert "bytes are wanted for the cache" in llm.notes[-1]
+
+
+def test_a_trial_that_fails_leaves_the_graph(
+    load: Load, monkeypatch: pytest.MonkeyPatch, reference: Callable[..., list[list[int]]]
+) -> None:
+    llm, device = load("auto")
+
+    def refused(launch: Launch) -> None:
+        raise BackendError("NVIDIA's driver reports CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE")
+
+    monkeypatch.setattr(device, "launch", refused)
+    sampling = {"max_tokens": 5, "temperature": 0.0, "ignore_eos": True}
+    assert texts(llm, PROMPTS, **sampling) == reference("qwen3", PROMPTS, **sampling)
+    assert "a trial of the megakernel failed, NVIDIA's driver reports CUDA_ERROR_COOP" in llm.notes[0]
+
+
+def test_blocks_that_cannot_all_be_at_work_are_said(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TwinDevice, "resident", lambda self, kernel: 2)
+    llm, _ = load("auto")
+    assert llm.notes == ["decoding by graph, not by megakernel: 2 of its 3 blocks can be at work at once"]
