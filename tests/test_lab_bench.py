@@ -16,17 +16,19 @@ from typing import Any
 
 import pytest
 
+import browser
 import finial
+from finial.cli import invoke
 from finial.errors import RequestError
 from finial.lab.answer import answer
 from finial.lab.compare import compare
 from finial.lab.engines.table import ENGINES, Engine
 from finial.lab.plan import PRESETS, Plan
 from finial.lab.record import Cell, Data, Record, Row, Sample, Verdict
-from finial.lab.report import csv_text, markdown_text
+from finial.lab.report.html import page
 from finial.lab.session import Model, Session, choose
 from finial.lab.workloads import Sizes, Workload
-from finial.machine import describe
+from finial.machine import Sources, describe, probe_energy
 
 ROOT = Path(__file__).parent.parent
 DECODE = Workload("decode", "decode")
@@ -47,39 +49,73 @@ def bench(home: Path, *arguments: str, check: bool = True) -> subprocess.Complet
 # --- whole runs --------------------------------------------------------------------------------------------------
 
 
-def test_the_demo_model_on_four_engines(tmp_path: Path) -> None:
+NAMES = ("finial", "finial reference", "transformers eager", "llama.cpp")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The record of four engines on the demo model."""
     pytest.importorskip("transformers")
     pytest.importorskip("xllamacpp")
+    folder = tmp_path_factory.mktemp("whole")
     model = Model.find("demo")
-    places = model.places(tmp_path / "engines", {"transformers": Path(sys.executable)}, tmp_path)
+    places = model.places(folder / "engines", {"transformers": Path(sys.executable)}, folder)
     llama = Engine("llama.cpp", str(ROOT / "tests" / "lab_xllamacpp.py"), "json", "", {"stored": "-stored.gguf"})
-    engines = [ENGINES["finial"], ENGINES["finial reference"], ENGINES["transformers eager"], llama]
+    engines = [llama if name == "llama.cpp" else ENGINES[name] for name in NAMES]
     sizes = Sizes(generate=(9,), depth=(24,), prompt=(48,), rounds=3)
     plan = Plan.of(["decode", "prefill"], sizes, threads=[1], usable=1)
-    lines: list[str] = []
-    session = Session(model, plan, places, engines, tmp_path / "record.json", ["finial", "bench"])
-    session.run(lines.append)
+    session = Session(model, plan, places, engines, folder / "record.json", ["finial", "bench"])
+    session.run(lambda line: None)
+    assert session.complete()
+    return folder / "record.json"
 
-    data = Record.open(tmp_path / "record.json").data
-    names = [engine.name for engine in engines]
+
+def test_the_demo_model_on_four_engines(whole: Path) -> None:
+    data = Record.open(whole).data
     for key in ("demo/stored/1/decode at depth 24", "demo/stored/1/prompt of 48"):
         rows = data.cells[key].engines
-        assert {name: (rows[name].status, rows[name].reason) for name in names} == dict.fromkeys(names, ("ok", ""))
-        assert all(len(rows[name].samples) == 3 and rows[name].precision for name in names)
+        assert {name: (rows[name].status, rows[name].reason) for name in NAMES} == dict.fromkeys(NAMES, ("ok", ""))
+        assert all(len(rows[name].samples) == 3 and rows[name].precision for name in NAMES)
     verdicts = data.verdicts["demo/stored"]
-    assert all(not verdicts[name].error and not verdicts[name].flaws for name in names)
-    for name in ("finial", "finial reference", "transformers eager"):
+    assert all(not verdicts[name].error and not verdicts[name].flaws for name in NAMES)
+    for name in NAMES[:3]:
         kl = verdicts[name].kl_mean
         assert kl is not None and kl < 5e-3, "bf16 on one side"
     assert verdicts["llama.cpp"].basis == "tokens" and (verdicts["llama.cpp"].greedy_agreement or 0) > 0.8
     assert any(name.endswith(".safetensors") and len(file["sha256"]) == 64 for name, file in data.files.items())
     found = answer(data)
     assert found.sentence.startswith("Use ") and "GB/s" in found.limit
-    assert {s.engine for s in found.tables[0].standings} == set(names)
-    page = markdown_text([data])
-    assert all(name in page for name in names) and "verdict against the float32 reference" in page
-    rows_of_csv = list(csv.DictReader(io.StringIO(csv_text([data]))))
-    assert len(rows_of_csv) == 2 * 4 * 3 and {row["status"] for row in rows_of_csv} == {"ok"}
+    assert {s.engine for s in found.tables[0].standings} == set(NAMES)
+
+
+def test_everything_that_is_made_of_a_record(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = {kind: tmp_path / f"page.{kind}" for kind in ("html", "md", "csv")}
+    options = [part for kind, path in made.items() for part in (f"--{kind}", str(path))]
+    assert invoke(["report", str(whole), *options, "--charts", str(tmp_path / "charts")]) == 0
+    assert all(name in path.read_text() for name in NAMES for path in made.values())
+    assert "verdict against the float32 reference" in made["md"].read_text()
+    rows = list(csv.DictReader(io.StringIO(made["csv"].read_text())))
+    assert len(rows) == 2 * 4 * 3 and {row["status"] for row in rows} == {"ok"}
+    assert {row["tokens_per_j"] == "unavailable" for row in rows} == {not metered()}
+    drawn = {path.suffix for path in (tmp_path / "charts").iterdir()}
+    assert drawn == {".svg", ".png"} and made["html"].read_text().count("<figure") >= 3
+    capsys.readouterr()
+    assert invoke(["compare", str(whole), str(whole)]) == 0
+    assert "8 no difference shown" in capsys.readouterr().out
+
+
+def test_a_browser_opens_the_page_of_a_real_run(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(page([Record.open(whole).data]), encoding="utf-8")
+    with browser.Browser() as chromium:
+        opened = chromium.open(path.as_uri(), ready="h1")
+        assert opened.problems == []
+        assert all(address.startswith(("file:", "data:")) for address in opened.requests), "nothing is fetched"
+        assert "Use " in opened.run("document.querySelector('.answer').innerText")
+
+
+def metered() -> bool:
+    return any(counter.readable for counter in probe_energy(Sources()))
 
 
 def killed(home: Path, arguments: list[str], record: Path, when: Callable[[Data], bool]) -> Data:
@@ -127,7 +163,7 @@ def _bytes(path: Path) -> bytes:
         return b""
 
 
-def test_what_would_run(tmp_path: Path) -> None:
+def test_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = bench(tmp_path, "--dry-run", "-e", "finial", "-w", "depth", "--depth", "1:256:x4", "--threads", "1,2")
     assert "depth 64" in done.stdout and "2 threads" in done.stdout and "in all" in done.stdout
     assert not list(tmp_path.glob("*.json"))
@@ -136,15 +172,15 @@ def test_what_would_run(tmp_path: Path) -> None:
     for arguments, words in (
         (["-w", "dept"], "choose of"),
         (["--preset", "x"], "choose of"),
-        (["-e", "x"], "choose of"),
+        (["-e", "x"], "choose from"),
         (["-w", "depth", "--depth", "1:99999:x2"], "positions"),
         (["--depth", "x"], "no range"),
         (["--python", "x"], "ENVIRONMENT=PATH"),
         (["--text", "no.txt"], "name a text file"),
         (["--reference", "x"], "choose from auto"),
     ):
-        wrong = bench(tmp_path, *arguments, "--dry-run", check=False)
-        assert wrong.returncode == 2 and words in wrong.stderr, arguments
+        assert invoke(["bench", *arguments, "--dry-run"]) == 2
+        assert words in capsys.readouterr().err, arguments
 
 
 # --- plans -------------------------------------------------------------------------------------------------------

@@ -561,7 +561,7 @@ def test_adapters_import_their_engine_and_what_comes_with_it_alone() -> None:
 def test_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke(["engines", "--root", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "not run here" in shown and "finial engines install openvino" in shown and "vLLM" not in shown
+    assert "not installed" in shown and "finial engines install openvino" in shown and "vLLM" not in shown
     assert all(name in shown for name in ENVIRONMENTS)
 
 

@@ -36,7 +36,7 @@ def bench(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="demo (embedded), a directory, a .gguf file, or a hub name. [default: demo]",
             show_default=False,
         ),
@@ -161,13 +161,13 @@ def bench(
         reference,
         QUICK_S if quick else math.inf,
     )
-    for name, reason in left.items():
-        console.note(f"left out: {name}: {reason}")
+    for reason in dict.fromkeys(left.values()):
+        console.note(f"left out: {', '.join(name for name in left if left[name] == reason)}: {reason}")
     if dry_run:
         _dry(session, [e.name for e in chosen])
         return 0
     if not session.complete(judged=not no_verdict):
-        console.note(f"{_time(session.seconds)} at most, about; record: {out}")
+        console.note(f"about {_time(session.seconds)} at most; record: {out}")
         if session.resumed:
             console.note(f"going on with {out}: {console.count(session.resumed, 'cell')} there")
         try:
@@ -184,7 +184,7 @@ def compare(
     records: Annotated[
         list[Path], typer.Argument(metavar="A.json B.json …", help="The first is what others are held against.")
     ],
-    tolerance: Annotated[float, typer.Option(min=0, max=1, help="Share by which a row may be slower.")] = 0.0,
+    tolerance: Annotated[float, typer.Option(min=0, max=1, help="Share by which a row may be slower: 0.05.")] = 0.0,
 ) -> int:
     """Set records side by side: ratios with intervals and a verdict for each row.
 
@@ -340,9 +340,11 @@ def _list() -> None:
 
 
 def _dry(session: Session, engines: list[str]) -> None:
+    from finial.lab.report.results import weights
+
     page = console.Page()
     for group in session.groups:
-        page.section(f"{group.model}, {group.format}, {console.count(group.threads, 'thread')}")
+        page.section(f"{group.model}, {weights(group.format)}, {console.count(group.threads, 'thread')}")
         for workload in group.workloads:
             seconds = session.cell_seconds().get(f"{group.key}/{workload.name}")
             page.row(workload.name, "done" if seconds is None else f"about {_time(seconds)}")
@@ -412,8 +414,10 @@ def _ranking(table: Table) -> None:
     from rich.table import Table as Grid
     from rich.text import Text
 
+    from finial.lab.report.results import weights
+
     cell = table.cell
-    title = f"{cell.workload.name} · {cell.model}, {cell.format}, {console.count(cell.threads, 'thread')}"
+    title = f"{cell.workload.name} · {cell.model}, {weights(cell.format)}, {console.count(cell.threads, 'thread')}"
     grid = Grid(title=title, title_justify="left", box=None, pad_edge=False)
     metered = any(standing.energy is not None for standing in table.standings)
     names = ["", "engine", cell.workload.unit, "95 % interval", "of the limit", "the best is", "memory", "verdict"]

@@ -38,7 +38,7 @@ def engines(context: typer.Context, root: Root = HOME) -> None:
     for name, environment in ENVIRONMENTS.items():
         found = state(name, root)
         if found.python is None:
-            page.row(name, "not run here", found.why)
+            page.row(name, "–", found.why)
         else:
             page.row(name, found.version, f"{'in this interpreter · ' if found.own else ''}{environment.runs}")
     page.row(

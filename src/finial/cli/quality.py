@@ -48,7 +48,7 @@ def quality(
         bool, typer.Option("--rounding", help="Also show what rounding to the format alone costs (small models).")
     ] = False,
     url: Annotated[
-        str | None, typer.Option(help="For --engine server: its address, such as http://127.0.0.1:8000/v1")
+        str | None, typer.Option(help="For --engine server: its address, such as http://127.0.0.1:8000")
     ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the verdicts there as JSON.")] = None,
     root: Annotated[Path, typer.Option(help="Folder of engines' environments.", show_default=False)] = HOME,
@@ -83,7 +83,9 @@ def quality(
 
 
 def _page(found: list[Quality]) -> console.Page:
+    from finial.lab.answer import words as in_words
     from finial.lab.quality import BASES
+    from finial.lab.verdicts import recorded
 
     page = console.Page()
     page.section("quality")
@@ -91,6 +93,8 @@ def _page(found: list[Quality]) -> console.Page:
     for quality in found:
         verdict = quality.verdict
         page.section(f"{quality.engine} · {quality.format} · {quality.text}")
+        said = in_words(recorded(quality))
+        page.row("in short", said[0].upper() + said[1:])
         page.row("precision", quality.precision)
         page.row("basis", BASES[quality.basis], f"{quality.top} a position" if quality.top else "")
         for flaw in quality.flaws:
@@ -113,7 +117,7 @@ def _page(found: list[Quality]) -> console.Page:
         page.row("greedy text", f"{words} of {console.count(verdict.greedy_tokens, 'token')}", remark)
         repeat = "the same text" if quality.repeat_same_text else "ANOTHER text"
         if quality.repeat_kl_max is not None:
-            repeat += f", KL at most {quality.repeat_kl_max:.1e}"
+            repeat += f", KL at most {quality.repeat_kl_max:.1e} nats" if quality.repeat_kl_max else ", KL 0"
         page.row("its own repeat", repeat)
     return page
 

@@ -83,7 +83,7 @@ def _served(data: Data) -> Answer:
     verdict = data.verdicts.get(f"{cell.model}/{cell.format}", {}).get(runs[0][1])
     sentence = (
         f"{said}: {cell.workload.name}, {found.goodput:.3g} requests/s in time, {found.tok_s:,.4g} tok/s, first token "
-        f"{first} ms (p50 / p95 / p99); {_words(verdict)}."
+        f"{first} ms (p50 / p95 / p99); {words(verdict)}."
     )
     return Answer(tables, "", sentence, "")
 
@@ -142,16 +142,19 @@ def _sentence(tables: list[Table]) -> str:
     if best.share is not None:
         said += f", {best.share:.0%} of what this machine allows"
     lost = [t for t in ranked if t.standings[0].engine != best.engine and t is not table]
-    said += f"; {_words(best.verdict)}."
+    said += f"; {words(best.verdict)}."
     if lost:
         where = ", ".join(f"{t.standings[0].engine} for {t.cell.workload.name}" for t in lost[:3])
         said += f" Faster elsewhere: {where}."
     return said
 
 
-def _words(verdict: Verdict | None) -> str:
+def words(verdict: Verdict | None) -> str:
+    """A verdict as half a sentence."""
     if verdict is None:
         return "nobody has checked that its text is right"
+    if verdict.flaws:
+        return f"its output is wrong: {verdict.flaws[0]}"
     if verdict.error:
         return f"no verdict on its text ({verdict.error})"
     if verdict.kl_mean is None:

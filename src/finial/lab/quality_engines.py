@@ -15,7 +15,7 @@ from pathlib import Path
 from finial.errors import RequestError
 from finial.lab.engines.environments import EngineError
 from finial.lab.engines.setup import SetupError, make_file, missing
-from finial.lab.engines.table import ENGINES, Engine, Places, server
+from finial.lab.engines.table import ENGINES, Engine, Places, find, server
 from finial.lab.quality import Quality
 from finial.lab.quality_run import Judge, open_worker
 from finial.lab.worker import WorkerError
@@ -84,10 +84,7 @@ def _engine(name: str, backend: str, url: str | None) -> Engine:
         return server(url, os.environ.get("OPENAI_API_KEY", ""))
     if name == "finial":
         return replace(ENGINES[name], options={"backend": backend})
-    found = next((e for e in ENGINES.values() if name in (e.name, e.environment)), None)
-    if found is None:
-        raise RequestError(f"no engine {name!r}", fix=f"choose from {', '.join(ENGINES)}, server")
-    return found
+    return find(name)
 
 
 def _judge(judge: Judge, engine: Engine, format: str, model: Path, threads: int, places: Places) -> list[Quality]:

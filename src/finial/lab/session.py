@@ -25,7 +25,7 @@ from finial.errors import RequestError
 from finial.files.checkpoint import Checkpoint, open_checkpoint
 from finial.files.hub import resolve
 from finial.lab.engines.setup import missing, unmakeable
-from finial.lab.engines.table import ENGINES, Engine, Places
+from finial.lab.engines.table import ENGINES, Engine, Places, find
 from finial.lab.estimate import estimate, workload_seconds
 from finial.lab.limits import Probe, busy
 from finial.lab.plan import Plan
@@ -98,15 +98,13 @@ def choose(
     Raises:
         RequestError: an unknown name.
     """
-    unknown = [name for name in names if name not in ENGINES]
-    if unknown:
-        raise RequestError(f"no engine {unknown[0]!r}", fix=f"choose of {', '.join(ENGINES)}")
     if names:
-        return [ENGINES[name] for name in dict.fromkeys(names)], {}
+        return list({engine.name: engine for engine in map(find, names)}.values()), {}
     chosen, left = [], {}
     for engine in ENGINES.values():
-        reason = "" if set(formats) & set(engine.formats) else f"it has no file of format {', '.join(formats)}"
-        reason = reason or missing(engine, places)
+        reason = missing(engine, places)
+        if not reason and not set(formats) & set(engine.formats):
+            reason = f"it has no file of format {', '.join(formats)}"
         wanted = [format for format in formats if format in engine.formats]
         if not reason and all(unmakeable(engine, places, model, format) for format in wanted):
             reason = unmakeable(engine, places, model, wanted[0])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import finial
+from finial.errors import RequestError
 from finial.lab.engines.environments import interpreter, is_here
 from finial.lab.workloads import DEMO, Workload
 
@@ -169,6 +170,19 @@ ENGINES: Mapping[str, Engine] = {
 SERVER = Engine(
     "server", "run_openai.py", "finial", "", dict.fromkeys(("stored", "bf16", "q8_0", "q4_0", "q4_k_m"), "")
 )
+
+
+def find(name: str) -> Engine:
+    """An engine by its name, or the first of an environment.
+
+    Raises:
+        RequestError: there is none.
+    """
+    found = next((e for e in ENGINES.values() if e.name == name), None)
+    found = found or next((e for e in ENGINES.values() if e.environment == name), None)
+    if found is None:
+        raise RequestError(f"no engine {name!r}", fix=f"choose from {', '.join(ENGINES)}, server")
+    return found
 
 
 def server(url: str, key: str = "") -> Engine:

@@ -307,4 +307,4 @@ def open_meter(sources: Sources | None = None, clock: Clock | None = None) -> Me
         return CounterMeter(sources, clock)
     if sources.system == "Darwin" and hasattr(os, "geteuid") and os.geteuid() == 0:
         return AppleMeter(clock=clock)
-    return NoMeter("; ".join(f"{counter.name}: {counter.reason}" for counter in counters), clock)
+    return NoMeter("; ".join(c.reason if c.name == "none" else f"{c.name}: {c.reason}" for c in counters), clock)

@@ -31,7 +31,7 @@ from finial.lab.analysis import (
     token_times,
 )
 from finial.lab.record import Cell, Data, Reading
-from finial.lab.report.results import joules
+from finial.lab.report.results import joules, weights
 from finial.lab.statistics import median, percentiles, spread
 
 
@@ -40,7 +40,7 @@ def render(data: Data, title: str = "Benchmark") -> str:
     notes: list[str] = []
     parts = [f"# {title}, {data.started}", "", *_head(data), ""]
     for (model, format), cells in groups(data).items():
-        parts += [f"## {model}, {format}", "", *_group(data, cells, notes), ""]
+        parts += [f"## {model}, {weights(format)}", "", *_group(data, cells, notes), ""]
         parts += [
             *_latencies(cells),
             *_served(data, cells),

@@ -178,8 +178,13 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f} %"
 
 
+def weights(format: str) -> str:
+    """A format as people say it."""
+    return "weights as stored" if format == "stored" else format
+
+
 def title(group: tuple[str, str, str, int], many: bool = False) -> str:
     """A group in words: "qwen3-0.6b, bf16, 2 threads"."""
     record, model, format, threads = group
-    text = f"{model}, {format}, {threads} thread{'s' * (threads != 1)}"
+    text = f"{model}, {weights(format)}" + (f", {threads} thread{'s' * (threads != 1)}" if threads else "")
     return f"{text} ({record})" if many else text
