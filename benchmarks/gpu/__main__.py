@@ -35,6 +35,7 @@ def parts(model: Path, folder: Path) -> list[tuple[str, list[str], int]]:
         ("smoke", [*MEASURE, "smoke"], 60),
         ("synth", [sys.executable, "-m", "finial.cli", "synth", "qwen3-0.6b", str(model)], 90),
         ("decode", [*MEASURE, "decode", str(model)], 120),
+        ("megakernel", [sys.executable, "-m", "benchmarks.gpu.mega", str(model)], 120),
         ("batch", [*MEASURE, "batch", str(model)], 60),
         ("prefill", [*MEASURE, "prefill", str(model)], 60),
         ("first token", [*MEASURE, "first-token", str(model)], 60),

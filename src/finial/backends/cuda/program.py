@@ -136,6 +136,7 @@ class CudaProgram:
         for name, size in sizes.items():
             state.caches[name] = self.device.allocate(size)
             addresses.append(state.caches[name])
+        self.ways.mega_runs(1, self._try_out(page_size))  # so that this is known, and said, at load
         return state
 
     def run(self, feeds: Mapping[str, np.ndarray], state: CudaState) -> list[np.ndarray]:

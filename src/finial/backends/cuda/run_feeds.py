@@ -20,14 +20,14 @@ from finial.backends.cuda.feeds import Ints
 TRIAL_DEPTH, TRIAL_STEPS = 64, 24
 
 
-def trial(rows: int, page_size: int, vocab: int) -> tuple[dict[str, np.ndarray], Ahead]:
-    """Greedy steps of so many rows, on pages 0, 1, … one row after another; the last page counts them."""
-    deep = TRIAL_DEPTH + TRIAL_STEPS
-    pages = np.arange(rows * -(-deep // page_size), dtype=np.int32).reshape(rows, -1)
-    feeds = _first_step(np.arange(rows, dtype=np.int32) % vocab, np.full(rows, TRIAL_DEPTH, np.int32), pages, page_size)
+def trial(
+    rows: int, page_size: int, vocab: int, *, depth: int = TRIAL_DEPTH, steps: int = TRIAL_STEPS
+) -> tuple[dict[str, np.ndarray], Ahead]:
+    """Greedy steps of so many rows from position `depth` on, on pages 0, 1, … one row after another."""
+    pages = np.arange(rows * -(-(depth + steps) // page_size), dtype=np.int32).reshape(rows, -1)
+    feeds = _first_step(np.arange(rows, dtype=np.int32) % vocab, np.full(rows, depth, np.int32), pages, page_size)
     draws = [Draw(0.0, 0, 1.0, 0.0, 0.0)] * rows
-    limits = np.full(rows, TRIAL_STEPS, np.int32)
-    return feeds, Ahead(draws, np.zeros((TRIAL_STEPS, rows)), [frozenset()] * rows, limits)
+    return feeds, Ahead(draws, np.zeros((steps, rows)), [frozenset()] * rows, np.full(rows, steps, np.int32))
 
 
 def rest(

@@ -1,7 +1,7 @@
 """The two ways to decode several steps, a graph of kernels and the megakernel: which one runs, and why.
 
-The faster one is found by running both for each bucket of rows, once; FINIAL_CUDA=graph or mega decides instead.  Knows
-no steps; who runs them is the program.
+The faster one is found by running both, once for each bucket of rows, for a single row at load; FINIAL_CUDA=graph or
+mega decides instead.  Knows no steps; who runs them is the program.
 
     ways = Ways(model, weights, device)
     if ways.mega_runs(rows, trial): ...
@@ -98,7 +98,11 @@ class Ways:
         if self.asked == "mega":
             self.notes.append(f"decoding {what} by megakernel, as {VARIABLE} says")
             return True
-        graph = try_out(rows, False)
+        try:
+            graph = try_out(rows, False)
+        except BackendError as error:
+            self.notes.append(f"decoding {what} by graph: no trial, {error.what}")
+            return False
         try:
             mega = try_out(rows, True)
         except BackendError as error:

@@ -1,0 +1,96 @@
+"""The megakernel beside the graph on the GPU: the same runs of steps by both, in pairs; prints one line of JSON.
+
+    python3 -m benchmarks.gpu.mega MODEL
+
+Times are the host's, from asking for a run to its last token, over the steps of the run: what a user waits for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+# (rows, position of the first step)
+CASES = ((1, 128), (1, 1024), (1, 4096), (1, 32768), (2, 512), (4, 512), (8, 512))
+STEPS, PAIRS, PAGE = 64, 7, 32
+
+
+def compare(program: Any, cases: tuple[tuple[int, int], ...] = CASES, steps: int = STEPS, pairs: int = PAIRS) -> Row:
+    """Milliseconds of a step by either way, the ratio within pairs, and how many first tokens are the same.
+
+    Args:
+        program: a `CudaProgram` whose `ways` have the megakernel.
+    """
+    from finial.backends.cuda import run_feeds
+    from finial.backends.cuda.mega.shape import Unsuited
+
+    vocab = int(program.graph.values[program.graph.outputs[0]].shape[1])
+    result: Row = {}
+    for rows, depth in cases:
+        feeds, ahead = run_feeds.trial(rows, PAGE, vocab, depth=depth, steps=steps)
+        name = f"batch {rows}, depth {depth}"
+        try:
+            program.ways.mega.plan(rows, False)
+        except Unsuited as reason:
+            result[name] = {"refused": str(reason)}
+            continue
+        state = program.new_state(feeds["pages"].size, PAGE)
+        tokens: dict[bool, list[list[int]]] = {}
+        samples: dict[bool, list[float]] = {False: [], True: []}
+        for number in range(pairs + 1):  # the first pair compiles
+            for by_mega in (False, True) if number % 2 else (True, False):
+                started = time.perf_counter()
+                steps_done = [step.tolist() for step in program._start(feeds, state, ahead, by_mega)]
+                samples[by_mega].append((time.perf_counter() - started) / len(steps_done))
+                tokens[by_mega] = steps_done
+        graph, mega = samples[False][1:], samples[True][1:]
+        same = next((i for i, (a, b) in enumerate(zip(*tokens.values(), strict=False)) if a != b), len(tokens[True]))
+        result[name] = {
+            "graph_ms": round(1e3 * statistics.median(graph), 5),
+            "mega_ms": round(1e3 * statistics.median(mega), 5),
+            "graph_over_mega": round(statistics.median(g / m for g, m in zip(graph, mega, strict=True)), 3),
+            "mega_tokens_per_s": round(rows / statistics.median(mega), 1),
+            "same_first_tokens": same,
+            "of": len(tokens[True]),
+        }
+        del state
+    result["notes"] = program.notes
+    return result
+
+
+def text() -> Row:
+    """The embedded model's greedy text by the megakernel, in every format that it streams, against the reference's."""
+    from finial.llm import LLM
+
+    prompt, count = "ROMEO:\nWhat light through yonder window breaks?", 160
+    result: Row = {}
+    for format, kv in (("bf16", "bf16"), ("bf16", "f32"), ("q8_0", "bf16"), ("q8_0", "q8_0")):
+        with (
+            LLM("demo", backend="cuda", format=format, kv_format=kv, max_context=512) as llm,
+            LLM("demo", backend="reference", format=format, kv_format=kv, max_context=512) as oracle,
+        ):
+            ours, theirs = (model.generate(prompt, max_tokens=count, ignore_eos=True).tokens for model in (llm, oracle))
+            same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), count)
+            result[f"{format}, cache {kv}"] = {"same_greedy_tokens": same, "of": count, "notes": llm.notes}
+    return result
+
+
+def measure(path: Path) -> Row:
+    """Both, with the megakernel asked for: where it cannot run, this fails and says why."""
+    os.environ["FINIAL_CUDA"] = "mega"
+    from benchmarks.gpu.measure import _device, _program
+
+    result: Row = {"text": text()}
+    print(json.dumps(result), flush=True)
+    program, _ = _program(path, _device())
+    return result | compare(program)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Path(sys.argv[1]))))
