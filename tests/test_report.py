@@ -15,7 +15,9 @@ import browser
 from finial.cli import invoke
 from finial.lab.analysis import energy
 from finial.lab.answer import answer
-from finial.lab.record import Cell, Data, Divergence, Energy, Reading, Record, Row, Sample, Verdict
+from finial.lab.open_loop import Load
+from finial.lab.open_loop import cell as load_cell
+from finial.lab.record import Cell, Data, Divergence, Energy, Reading, Record, Request, Row, Sample, Verdict
 from finial.lab.report import csv_text, markdown_text
 from finial.lab.report.charts import pictures
 from finial.lab.report.html import page
@@ -148,7 +150,7 @@ def test_energy_of_counters_is_gross_and_net_of_two_idles_everywhere():
     html = page([made])
     assert "<td>1.5</td>" in html and "2 J/token" in html
     picture = next(chart for chart in pictures(Study.of([made]), LIGHT) if chart.name.startswith("energy"))
-    assert "0.50 tok/J" in picture.svg() and "net 1.8 / 1.5" in picture.svg()
+    assert "0.5 tok/J" in picture.svg()
     assert [s.energy.gross_j if s.energy else None for s in answer(made).tables[0].standings] == [2.0, None]
 
 
@@ -161,6 +163,22 @@ def test_every_kind_of_picture_is_drawn_and_is_sound_svg():
         ElementTree.fromstring(chart.svg())
         assert chart.png()[:4] == b"\x89PNG"
         assert re.fullmatch(r"[a-z0-9.-]+", chart.name)
+
+
+def test_a_servers_load_is_drawn_and_tabled():
+    def cell_of(rate: float, late: float) -> Cell:
+        times = [[late + 0.1 * i + 0.01 * j for j in range(4)] for i in range(5)]
+        requests = [Request(due=0.1 * i, sent=0.1 * i, times=t, tokens=4) for i, t in enumerate(times)]
+        requests.append(Request(due=0.5, sent=0.5, error="status 429"))
+        return load_cell(Load("http://server", rate, 1.0), requests, "model")
+
+    made = data(cell_of(5, 0.02), cell_of(50, 2.0))
+    charts = {chart.name: chart.svg() for chart in pictures(Study.of([made]), LIGHT)}
+    assert {name.split("-")[1] for name in charts} == {"goodput", "first"}, "and no bars without meaning"
+    html = page([made])
+    assert "1 × status 429" in html and "20.0 / 20.0 / 20.0" in html and "Goodput" in html
+    assert "http://server answered" not in html, "one failed at each load"
+    assert "was late or failed at every load" in html
 
 
 def test_pictures_of_equal_results_are_equal():

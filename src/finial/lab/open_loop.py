@@ -222,7 +222,9 @@ def cell(load: Load, requests: Sequence[Request], model: str = "served") -> Cell
         model: of the cell.
     """
     found = summary(requests)
-    workload = Workload(load.name, "serve", depth=load.prompt_words, new=load.tokens, family="serve", rounds=1)
+    workload = Workload(
+        load.name, "serve", depth=load.prompt_words, new=load.tokens, family="serve", rounds=1, rate=load.rate
+    )
     row = Row(samples=[Sample(value=found.tok_s, requests=list(requests))])
     if found.tok_s == 0:
         row = Row("failed", "; ".join(found.errors) or "no request was due", discarded=1)

@@ -40,7 +40,7 @@ class Workload:
         warmups: runs before them, recorded apart: at most so many, until two in a row are close.
         slow: also for the engines that are too slow for the rest.
         caches: measured with a KV cache (True), without (False), or both side by side.
-        family: of the table below.
+        family: of the table below; rate: of kind "serve", requests that are due in a second.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Workload:
     lengths: tuple[int, ...] = ()
     caches: tuple[bool, ...] = (True,)
     family: str = ""
+    rate: float = 0.0
 
     @property
     def keeps(self) -> bool:

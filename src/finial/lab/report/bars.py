@@ -20,7 +20,12 @@ def speeds(study: Study, pen: Pen) -> Iterator[Chart]:
     """Bars by engine in each format of one workload, with intervals and the limit."""
     found: dict[tuple[str, int, str], list[list[Result]]] = {}
     for cell in study.cells():
-        if cell and cell[0].unit == "tok/s" and any(result.ok for result in cell):
+        if (
+            cell
+            and cell[0].unit == "tok/s"
+            and cell[0].cell.workload.kind != "serve"
+            and any(result.ok for result in cell)
+        ):
             _, model, _, threads = cell[0].group
             found.setdefault((model, threads, cell[0].cell.workload.name), []).append(cell)
     families: dict[tuple[str, int, str], int] = {}
@@ -72,7 +77,8 @@ def energy(study: Study, pen: Pen) -> Iterator[Chart]:
             found = result.energy
             if found is None or found.counters != counter or found.gross_j is None:
                 return None
-            return (found.gross_j,) * 3
+            net = [x for x in (found.net_empty_j, found.net_loaded_j) if x is not None]
+            return found.gross_j, max(0.0, min([*net, found.gross_j])), found.gross_j
 
         kinds = ("decode", "generate")
         cells = [
@@ -85,14 +91,13 @@ def energy(study: Study, pen: Pen) -> Iterator[Chart]:
             name=slug("energy", counter),
             heading=f"Energy per token, by {counter}",
             axis="joules per generated token",
-            caption="Gross, from a cumulative counter; behind the bar tokens per joule, and joules net of the empty "
-            "machine / of the machine with the engines loaded and waiting.",
-            label=lambda result: _joules(result.energy) if result.energy is not None else ("", ""),
+            caption="Gross, from a cumulative counter, with tokens per joule; the thin line reaches down to what is "
+            "left beyond the idle machine.",
+            label=lambda result: ("", _joules(result.energy) if result.energy is not None else ""),
             limit=False,
+            room=2.0,
         )
 
 
-def _joules(energy: Cost) -> tuple[str, str]:
-    per = "" if energy.tokens_per_j is None else f"{number(energy.tokens_per_j)} tok/J"
-    known = energy.net_empty_j is not None or energy.net_loaded_j is not None
-    return per, f"net {joules(energy.net_empty_j)} / {joules(energy.net_loaded_j)}" if known else ""
+def _joules(energy: Cost) -> str:
+    return f"{joules(energy.gross_j)} J · {joules(energy.tokens_per_j)} tok/J"

@@ -15,7 +15,7 @@ from finial.errors import FileError, RequestError
 from finial.files.disk import atomic_file
 from finial.lab.record import Data
 from finial.lab.report.bars import energy, memory, speeds
-from finial.lab.report.curves import cache_growth, depths, pareto, ratios
+from finial.lab.report.curves import cache_growth, depths, loads, pareto, ratios
 from finial.lab.report.drawing import POINTS, Chart, Pen
 from finial.lab.report.results import Study
 from finial.lab.report.theme import FONT, LIGHT, Theme
@@ -73,6 +73,6 @@ def pictures(study: Study, theme: Theme) -> list[Chart]:
     with matplotlib.rc_context(settings):
         return [
             chart
-            for kind in (speeds, depths, ratios, cache_growth, memory, energy, pareto)
+            for kind in (speeds, loads, depths, ratios, cache_growth, memory, energy, pareto)
             for chart in kind(study, pen)
         ]

@@ -7,9 +7,11 @@ Knows results; each function yields the pictures that they allow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from finial.lab.analysis import growth
+from finial.lab.open_loop import summary
 from finial.lab.report.drawing import POINTS, Chart, Pen, log2, slug
 from finial.lab.report.results import Result, Study, ours, ratio, title
 from finial.lab.statistics import Ratio
@@ -105,7 +107,7 @@ def ratios(study: Study, pen: Pen) -> Iterator[Chart]:
         axes.set_xscale("log")
         low, high = min(ends) / 1.15, max(ends) * 1.45
         axes.set_xlim(low, high)
-        marks = [x for x in (0.1, 0.2, 0.33, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200) if low <= x <= high]
+        marks = _marks(low, high)
         axes.set_xticks(marks, [f"{x:g} ×" for x in marks])
         axes.minorticks_off()
         axes.set_yticks(ticks, names)
@@ -120,6 +122,71 @@ def ratios(study: Study, pen: Pen) -> Iterator[Chart]:
             "Medians of paired rounds with 95 % intervals; hollow where the interval holds 1: no difference shown.",
             figure,
         )
+
+
+def loads(study: Study, pen: Pen) -> Iterator[Chart]:
+    """A server's goodput, and its time to the first token, against what was asked of it."""
+    for group, cells in study.groups.items():
+        runs = [
+            (result, summary(result.row.samples[0].requests or []))
+            for cell in cells
+            for result in cell
+            if result.ok and result.cell.workload.kind == "serve" and result.cell.workload.rate
+        ]
+        runs.sort(key=lambda run: run[0].cell.workload.rate)
+        if not runs:
+            continue
+        rates = [result.cell.workload.rate for result, _ in runs]
+        mark = pen.mark(runs[0][0].engine)
+        name = group if pen.many else group[1:]
+        figure, axes = pen.axes(2.6, "both")
+        axes.plot([0, max(rates)], [0, max(rates)], color=pen.theme.limit, linewidth=1.2, linestyle=(0, (1, 1.2)))
+        axes.plot(rates, [found.goodput for _, found in runs], color=mark.colour, marker="o", linewidth=1.5, zorder=3)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("requests a second that were due")
+        axes.set_ylabel("requests a second in time")
+        yield Chart(
+            slug("load", "goodput", *name),
+            f"Goodput: {title(group, pen.many)}",
+            "Whole answers with the first token within 1 s and gaps within 0.2 s; dotted: everything that was asked.",
+            figure,
+        )
+        figure, axes = pen.axes(2.9, "both")
+        for place, which in enumerate(("p50", "p95", "p99")):
+            points = [(x, 1e3 * found.first[place]) for x, (_, found) in zip(rates, runs, strict=True) if found.first]
+            style = pen.theme.engine(place)
+            axes.plot(
+                [x for x, _ in points], [y for _, y in points], color=style.colour, marker=style.marker,
+                linestyle=style.line, linewidth=1.5, label=which,
+            )  # fmt: skip
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("requests a second that were due")
+        axes.set_ylabel("ms to the first token")
+        pen.legend(figure, axes)
+        yield Chart(
+            slug("load", "first", *name),
+            f"Time to the first token: {title(group, pen.many)}",
+            "Counted from when a request was due, so that waiting in a queue is part of it.",
+            figure,
+        )
+
+
+def _marks(low: float, high: float) -> list[float]:
+    """Round ratios on a logarithmic axis, no closer than a twelfth of it, with 1 among them."""
+    marks = [1.0]
+    for mark in sorted((0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.75, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500), key=_rank):
+        apart = min(abs(math.log(mark / other)) for other in marks)
+        if low <= mark <= high and apart > math.log(high / low) / 9:
+            marks.append(mark)
+    return [mark for mark in sorted(marks) if low <= mark <= high]
+
+
+def _rank(mark: float) -> tuple[int, float]:
+    """The rounder first: powers of ten, then twos and fives, then the rest."""
+    digits = f"{mark:e}"[0:3]
+    return ({"1.0": 0, "2.0": 1, "5.0": 1}.get(digits, 2), mark)
 
 
 def cache_growth(study: Study, pen: Pen) -> Iterator[Chart]:
@@ -206,7 +273,7 @@ def pareto(study: Study, pen: Pen) -> Iterator[Chart]:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
         axes.minorticks_off()
         axes.set_xlabel(f"tokens per second ({points[0].cell.workload.name})")
-        axes.set_ylabel("mean KL divergence, nats (lower is nearer)")
+        axes.set_ylabel("mean KL, nats (lower is nearer)")
         pen.legend(figure, axes)
         yield Chart(
             slug("quality", record if pen.many else "", model, threads),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from finial.lab.report.results import Result, Study
+from finial.lab.report.results import Result, Study, weights
 from finial.lab.report.theme import Mark, Theme
 
 if TYPE_CHECKING:
@@ -108,8 +108,15 @@ def bars(
     caption: str,
     label: Callable[[Result], tuple[str, str]],
     limit: bool,
+    room: float = 1.38,
 ) -> Chart:
-    """Groups of bars, one group for each cell, named by format and, where that is not enough, by record."""
+    """Groups of bars, one group for each cell, named by format and, where that is not enough, by workload and record.
+
+    Args:
+        label: what stands in the two columns at the right; room: width with them over that of the longest bar.
+    """
+    from matplotlib.ticker import MaxNLocator
+
     shown = [found for cell in cells if (found := [result for result in cell if values(result) is not None])]
     rows = sum(len(cell) for cell in shown)
     figure, axes = pen.axes(0.75 + 0.24 * rows + 0.3 * len(shown))
@@ -117,7 +124,8 @@ def bars(
     formats = [cell[0].cell.format for cell in shown]
     for cell, format in zip(shown, formats, strict=True):
         start = at
-        group = format if formats.count(format) == 1 else f"{format} · {cell[0].record}"
+        group = weights(format) if formats.count(format) == 1 else f"{weights(format)} · {cell[0].cell.workload.name}"
+        group += f" · {cell[0].record}" if pen.many else ""
         axes.text(
             0, at - 0.78, group, transform=axes.get_yaxis_transform(), fontsize=POINTS, fontweight="bold",
             color=pen.theme.ink, va="center",
@@ -149,8 +157,10 @@ def bars(
         if engine.startswith("finial"):
             tick.set_fontweight("bold")
     axes.set_ylim(at - 1.6, -1.2)
-    axes.set_xlim(0, top * 1.38)
-    axes.set_xticks([tick for tick in axes.get_xticks() if tick <= top * 1.1])
+    axes.set_xlim(0, top * room)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    marks = [float(tick) for tick in axes.get_xticks() if 0 <= tick <= top * 1.1]
+    axes.set_xticks(marks, [f"{mark:,.10g}" for mark in marks])
     axes.set_xlabel(axis)
     return Chart(name, heading, caption, figure)
 

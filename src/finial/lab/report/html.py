@@ -17,6 +17,7 @@ from finial import __version__
 from finial.lab.analysis import DISTURBED, disturbances, energy_line, machine_line, precision_labels, readings
 from finial.lab.answer import answer
 from finial.lab.open_loop import summary
+from finial.lab.quality import BASES
 from finial.lab.record import Data, Verdict
 from finial.lab.report.charts import pictures
 from finial.lab.report.results import Result, Study, best, joules, number, ours, percent, ratio, title
@@ -157,7 +158,10 @@ def verdict_words(found: Verdict | None) -> str:
     parts = []
     if found.kl_mean is not None:
         more = [f"{n} {v:.1e}" for n, v in (("p99", found.kl_p99), ("max", found.kl_max)) if v is not None]
-        parts.append(f"{', '.join([f'KL mean {found.kl_mean:.1e}', *more])} nats over {found.positions} positions")
+        least = "" if found.basis == "logits" else "at least "
+        parts.append(
+            f"KL {least}mean {found.kl_mean:.1e}{''.join(f', {m}' for m in more)} nats over {found.positions} positions"
+        )
     shares = [f"{n} {100 * v:.1f} %" for n, v in (("top-1", found.top1), ("top-5", found.top5)) if v is not None]
     parts += [", ".join(shares)] if shares else []
     if found.perplexity is not None:
@@ -171,7 +175,7 @@ def verdict_words(found: Verdict | None) -> str:
             else f"greedy text parts after {at.position} tokens, where its choice is {at.margin:.1e} nats behind"
         )
     parts += found.flaws
-    return "; ".join(parts) + ("" if found.basis == "logits" else f" (from its {found.basis})")
+    return "; ".join(parts) + ("" if found.basis == "logits" else f" ({BASES[found.basis].replace('; ', ', ')})")
 
 
 def _warnings(data: Data) -> Iterator[str]:
