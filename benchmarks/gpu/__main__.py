@@ -3,7 +3,8 @@
 Each part is a process with a time limit, so one that fails or hangs leaves the others' results.  Needs Linux, one GPU,
 a CUDA 13 driver, Python 3.12 with PyTorch, and no network (see docs/cuda.md).
 
-    python3 -m benchmarks.gpu [--only decode,prefill] [--budget 480]
+    python3 -m benchmarks.gpu [--only decode,prefill] [--budget 470]
+    python3 -m benchmarks.gpu --twin        # here, without a GPU: does every line run?
 """
 
 from __future__ import annotations
@@ -26,34 +27,58 @@ BUILD = (
 MEASURE = [sys.executable, "-m", "benchmarks.gpu.measure"]
 
 
-def parts(model: Path, folder: Path) -> list[tuple[str, list[str], int]]:
-    """(name, command, seconds at most), what others need first."""
+def parts(model: Path, second: Path) -> list[tuple[str, list[str], int]]:
+    """(name, command, seconds at most), what others need and what matters most first."""
     several = ["-n", "8"] if _has("xdist") else []
+    synth = [sys.executable, "-m", "finial.cli", "synth"]
     return [
         ("machine", [*MEASURE, "machine"], 30),
         ("build", ["bash", "-c", BUILD.format(python=sys.executable)], 150),
         ("smoke", [*MEASURE, "smoke"], 60),
-        ("synth", [sys.executable, "-m", "finial.cli", "synth", "qwen3-0.6b", str(model)], 90),
+        ("synth", [*synth, "qwen3-0.6b", str(model)], 90),
         ("decode", [*MEASURE, "decode", str(model)], 120),
         ("megakernel", [sys.executable, "-m", "benchmarks.gpu.mega", str(model)], 120),
+        ("engine", [*MEASURE, "engine", str(model)], 60),
         ("batch", [*MEASURE, "batch", str(model)], 60),
         ("prefill", [*MEASURE, "prefill", str(model)], 60),
         ("first token", [*MEASURE, "first-token", str(model)], 60),
-        ("formats", [*MEASURE, "formats", str(model)], 90),
+        ("agreement", [*MEASURE, "agreement", str(model)], 90),
         ("ops", [*PYTEST, *several, "tests/test_ops.py", "-k", "cuda"], 150),
         ("models", [*PYTEST, *several, "tests/test_models.py", "tests/test_golden.py", "-k", "cuda"], 150),
-        ("kernels", [*MEASURE, "kernels", str(model)], 60),
-        ("agreement", [*MEASURE, "agreement", str(model)], 90),
+        ("formats", [*MEASURE, "formats", str(model)], 90),
         ("probe", [*MEASURE, "probe"], 60),
+        ("kernels", [*MEASURE, "kernels", str(model)], 60),
+        ("synth 1.5b", [*synth, "qwen2.5-1.5b", str(second)], 90),
+        ("decode 1.5b", [*MEASURE, "decode", str(second)], 60),
         ("transformers", [*MEASURE, "transformers", str(model)], 100),
     ]
+
+
+def dry_parts(model: Path, second: Path) -> list[tuple[str, list[str], int]]:
+    """The same parts on the twin: the embedded model, a few tests; what needs no GPU to be tried is left out."""
+    demo = str(ROOT / "src" / "finial" / "demo")
+    left_out = {"build", "synth", "synth 1.5b", "decode 1.5b"}
+    tests = {"ops": "cuda and (linear-1x96 or rms_norm)", "models": "cuda and logits_equal and qwen3-tied"}
+    out = []
+    for name, command, _ in parts(model, second):
+        if name not in left_out:
+            command = [demo if part in (str(model), str(second)) else part for part in command]
+            if name in tests:
+                keep = [part for part in command[:-2] if part not in ("-n", "8")]
+                command = [*keep, "-p", "benchmarks.gpu.twin", "-k", tests[name]]
+            out.append((name, command, 200))
+    return out
 
 
 def main() -> int:
     """Exit code 0 when all parts that ran succeeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="names of parts, joined by commas")
+    parser.add_argument(
+        "--twin", action="store_true", help="no GPU: every part on the tests' device, small; see twin.py"
+    )
     parser.add_argument("--budget", type=int, default=470, help="seconds for all of it")
+    parser.add_argument("--name", default="gpu.json", help="of the file in that folder")
     parser.add_argument(
         "--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "benchmarks" / "gpu" / "results")
     )
@@ -62,14 +87,23 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     report: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as work:
-        model = Path(work) / "qwen3-0.6b"
+        model, second = Path(work) / "qwen3-0.6b", Path(work) / "qwen2.5-1.5b"
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(["src", "tests", ".", os.environ.get("PYTHONPATH", "")]),
         }
+        if options.twin:
+            environment["FINIAL_GPU_TWIN"] = "1"
         wanted = [name for name in options.only.split(",") if name]
-        for name, command, limit in parts(model, options.out):
-            if wanted and name not in wanted and name not in ("build", "synth"):
+        chosen = dry_parts(model, second) if options.twin else parts(model, second)
+        unknown = set(wanted) - {name for name, _, _ in chosen}
+        if unknown:
+            parser.error(f"no part {', '.join(unknown)}: there are {', '.join(name for name, _, _ in chosen)}")
+        for name, command, limit in chosen:
+            needed = name == "build" or (
+                name.startswith("synth") and any(_reads(row, name) for row in chosen if row[0] in wanted)
+            )
+            if wanted and name not in wanted and not needed:
                 continue
             left = options.budget - (time.monotonic() - started)
             if left < 5:
@@ -77,7 +111,7 @@ def main() -> int:
                 continue
             report[name] = _part(command, min(limit, left), environment)
             print(f"{name}: {json.dumps(report[name])[:400]}", flush=True)
-            target = options.out / "gpu.json"
+            target = options.out / ("twin.json" if options.twin else options.name)
             temporary = target.with_suffix(".part")
             temporary.write_text(json.dumps(report, indent=1) + "\n")
             temporary.replace(target)
@@ -86,6 +120,11 @@ def main() -> int:
         f"{time.monotonic() - started:.0f} s; " + (f"failed: {', '.join(failed)}" if failed else "all parts succeeded")
     )
     return 1 if failed else 0
+
+
+def _reads(part: tuple[str, list[str], int], synth: str) -> bool:
+    """Whether a part reads the model that this other part makes."""
+    return part[1][-1].endswith("1.5b" if synth.endswith("1.5b") else "0.6b")
 
 
 def _part(command: list[str], limit: float, environment: dict[str, str]) -> dict[str, object]:

@@ -6,19 +6,50 @@ Device times are of CUDA events around replays of a step's graph; medians of run
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 PAGE = 32
+TWIN = "FINIAL_GPU_TWIN"  # set: no GPU, see twin.py
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much each part does: what is measured on a GPU, or as little as shows that every line runs."""
+
+    depths: tuple[int, ...] = (128, 1024, 4096, 32767)
+    alone: tuple[int, ...] = (128, 4096)  # depths without dependent launch
+    batches: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
+    batch_depth: int = 512
+    prompts: tuple[int, ...] = (32, 128, 512, 2048, 8192)
+    formats: tuple[str, ...] = ("fp8", "q8_0", "q4_0", "f16")
+    smoke: tuple[tuple[str, str], ...] = (("bf16", "bf16"), ("q8_0", "q8_0"), ("q4_0", "bf16"), ("f32", "f32"))
+    chunks: tuple[int, ...] = (1, 1, 40, 1, 3, 17, 1)
+    text: int = 256
+    first: int = 60
+    samples: int = 200
+    warm: int = 5
+    sample_ms: float = 20.0
+    seconds: float = 1.0
+
+
+FULL = Size()
+TINY = Size(
+    depths=(20,), alone=(20,), batches=(2,), batch_depth=20, prompts=(16,), formats=("fp8",), smoke=(("bf16", "bf16"),),
+    chunks=(1, 16), text=4, first=2, samples=2, warm=1, sample_ms=0.0, seconds=0.0,
+)  # fmt: skip
+SIZE = TINY if os.environ.get(TWIN) else FULL
 
 
 def _device() -> Any:
@@ -64,7 +95,7 @@ def _decode_feeds(batch: int, depth: int, vocab: int) -> dict[str, np.ndarray]:
     }
 
 
-def _time(device: Any, program: Any, state: Any, feeds: dict[str, np.ndarray], seconds: float = 1.0) -> Row:
+def _time(device: Any, program: Any, state: Any, feeds: dict[str, np.ndarray], share: float = 1.0) -> Row:
     """Milliseconds of a step's graph, the choice of the tokens included."""
     draws = _greedy(len(feeds["wanted"]))
     program.sample(feeds, state, draws)
@@ -73,16 +104,16 @@ def _time(device: Any, program: Any, state: Any, feeds: dict[str, np.ndarray], s
     def once() -> None:
         device.replay(recorded.sampling[0])
 
-    for _ in range(5):
+    for _ in range(SIZE.warm):
         once()
     device.synchronize()
-    estimate = device.elapsed_ms(once, 5) / 5
-    inner = max(1, int(20 / max(estimate, 1e-3)))  # replays of about 20 ms a sample
+    estimate = device.elapsed_ms(once, SIZE.warm) / SIZE.warm
+    inner = max(1, int(SIZE.sample_ms / max(estimate, 1e-3)))  # replays of about 20 ms a sample
     samples = []
-    end = time.monotonic() + seconds
-    while len(samples) < 10 or time.monotonic() < end:
+    end = time.monotonic() + share * SIZE.seconds
+    while len(samples) < min(10, SIZE.samples) or time.monotonic() < end:
         samples.append(device.elapsed_ms(once, inner) / inner)
-        if len(samples) >= 200:
+        if len(samples) >= SIZE.samples:
             break
     q = statistics.quantiles(samples, n=20)
     return {
@@ -125,7 +156,7 @@ def smoke() -> Row:
     checkpoint = open_checkpoint(Path(str(files("finial") / "demo")))
     tokens = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, 80)
     result: Row = {}
-    for format, kv in (("bf16", "bf16"), ("q8_0", "q8_0"), ("q4_0", "bf16"), ("f32", "f32")):
+    for format, kv in SIZE.smoke:
         weights = {n: t.to(format) if len(t.shape) == 2 else t for n, t in checkpoint.tensors.items()}
         weights |= {name: Tensor.from_array(array) for name, array in constants(checkpoint.config).items()}
         graph = build_graph(checkpoint.config, kv)
@@ -133,7 +164,7 @@ def smoke() -> Row:
         for name in ("reference", "cuda"):
             program = get_backend(name).compile(graph, weights)
             state, rows, at = program.new_state(8, 16), [], 0
-            for count in (1, 1, 40, 1, 3, 17, 1):
+            for count in SIZE.chunks:
                 step = single_step(tokens[at : at + count].tolist(), 16, at)
                 rows.append(program.run(step.feeds(), state)[0])
                 at += count
@@ -160,8 +191,9 @@ def decode(path: Path) -> Row:
         device = _device()
         device.dependent = device.dependent and dependent
         program, config = _program(path, device)
-        state = program.new_state(32768 // PAGE + 8, PAGE)
-        for depth in (128, 1024, 4096, 32767) if dependent else (128, 4096):
+        depths = SIZE.depths if dependent else SIZE.alone
+        state = program.new_state(max(depths) // PAGE + 8, PAGE)
+        for depth in depths:
             row = _time(device, program, state, _decode_feeds(1, depth, config.vocab_size))
             row["tokens_per_s"] = round(1000 / row["ms"], 1)
             stored = {v.name: v.shape for v in program.graph.of_kind("weight")}
@@ -176,13 +208,13 @@ def decode(path: Path) -> Row:
 
 
 def batch(path: Path) -> Row:
-    """Several sequences at depth 512."""
+    """Several sequences, each at depth 512."""
     device = _device()
     program, config = _program(path, device)
-    state = program.new_state(64 * 17 + 8, PAGE)
+    state = program.new_state(max(SIZE.batches) * (SIZE.batch_depth // PAGE + 1) + 8, PAGE)
     result: Row = {}
-    for count in (2, 4, 8, 16, 32, 64):
-        row = _time(device, program, state, _decode_feeds(count, 512, config.vocab_size), 0.5)
+    for count in SIZE.batches:
+        row = _time(device, program, state, _decode_feeds(count, SIZE.batch_depth, config.vocab_size), 0.5)
         row["tokens_per_s"] = round(1000 * count / row["ms"], 1)
         result[f"batch {count}"] = row
     return result
@@ -199,9 +231,9 @@ def prefill(path: Path) -> Row:
     """Prompts of several lengths in one step."""
     device = _device()
     program, config = _program(path, device)
-    state = program.new_state(8192 // PAGE, PAGE)
+    state = program.new_state(-(-max(SIZE.prompts) // PAGE), PAGE)
     result: Row = {}
-    for rows in (32, 128, 512, 2048, 8192):
+    for rows in SIZE.prompts:
         row = _time(device, program, state, _prompt_feeds(rows, config.vocab_size), 0.5)
         row["tokens_per_s"] = round(1000 * rows / row["ms"], 1)
         result[f"{rows} tokens"] = row
@@ -214,16 +246,18 @@ def first_token(path: Path) -> Row:
     program, config = _program(path, device)
     state = program.new_state(64, PAGE)
     samples = []
-    for index in range(60):
-        feeds = _prompt_feeds(32, config.vocab_size)
+    rows = min(32, max(SIZE.prompts))
+    for index in range(SIZE.first):
+        feeds = _prompt_feeds(rows, config.vocab_size)
         feeds["tokens"] = np.roll(feeds["tokens"], index)
         start = time.perf_counter()
         token = int(program.sample(feeds, state, _greedy(1))[0])
         samples.append((time.perf_counter() - start) * 1000)
         assert token >= 0, "a logit is not finite"
     return {
-        "ms": round(statistics.median(samples[10:]), 4),
-        "min": round(min(samples[10:]), 4),
+        "tokens": rows,
+        "ms": round(statistics.median(samples[len(samples) // 6 :]), 4),
+        "min": round(min(samples), 4),
         "first": round(samples[0], 1),
     }
 
@@ -231,11 +265,12 @@ def first_token(path: Path) -> Row:
 def formats(path: Path) -> Row:
     """Batch 1 at depth 128 in other weight formats."""
     result: Row = {}
-    for format in ("q8_0", "q4_0", "f16"):
+    depth = SIZE.depths[0]
+    for format in SIZE.formats:
         device = _device()
         program, config = _program(path, device, format)
         state = program.new_state(64, PAGE)
-        row = _time(device, program, state, _decode_feeds(1, 128, config.vocab_size), 0.5)
+        row = _time(device, program, state, _decode_feeds(1, depth, config.vocab_size), 0.5)
         row["tokens_per_s"] = round(1000 / row["ms"], 1)
         result[format] = row
         program.model.close()
@@ -249,8 +284,8 @@ def kernels(path: Path) -> Row:
     state = program.new_state(128, PAGE)
     result: Row = {}
     for name, feeds in (
-        ("decode", _decode_feeds(1, 1024, config.vocab_size)),
-        ("prefill", _prompt_feeds(2048, config.vocab_size)),
+        ("decode", _decode_feeds(1, SIZE.depths[min(1, len(SIZE.depths) - 1)], config.vocab_size)),
+        ("prefill", _prompt_feeds(min(2048, max(SIZE.prompts)), config.vocab_size)),
     ):
         launches: list[Any] = []
         record = device.record
@@ -266,8 +301,37 @@ def kernels(path: Path) -> Row:
     return result
 
 
+def engine(path: Path) -> Row:
+    """Tokens a second of a text through the engine, the device running ahead of the host or step by step."""
+    from finial.llm import LLM
+
+    result: Row = {}
+    tokens = np.random.default_rng(1).integers(0, 1000, SIZE.depths[0]).tolist()
+    with LLM(path, backend="cuda", max_context=SIZE.depths[0] + 2 * SIZE.text, max_batch=8) as llm:
+        kind = type(llm._executable)
+        offered = kind.runs_ahead
+        for name, ahead in (("ahead", True), ("step by step", False)):
+            kind.runs_ahead = property(lambda self, ahead=ahead: ahead and offered.fget(self))
+            for count in (1, 8):
+                rates = []
+                for seed in range(3):
+                    prompts = [[*tokens, seed * 8 + i] for i in range(count)]
+                    begin = time.perf_counter()
+                    done = llm.generate(prompts, max_tokens=SIZE.text, ignore_eos=True)
+                    seconds = time.perf_counter() - begin
+                    rates.append(sum(len(one.tokens) for one in done) / seconds)
+                    single = done[0].timings.decode_tok_s
+                row = {"tokens_per_s": round(statistics.median(rates), 1), "prompt": len(tokens), "text": SIZE.text}
+                result[f"{name}, batch {count}"] = row | ({"decode_tok_s": single and round(single, 1)})
+        kind.runs_ahead = offered
+    return result
+
+
 def agreement(path: Path) -> Row:
-    """The embedded model's text: KL and greedy text against the float32 reference."""
+    """The embedded model's text: KL and greedy text against the float32 reference; beside it transformers in bf16."""
+    from importlib.resources import files
+
+    from finial.engine.sampling import log_softmax
     from finial.llm import LLM
 
     prompt = "ROMEO:\nWhat light through yonder window breaks?"
@@ -275,20 +339,39 @@ def agreement(path: Path) -> Row:
         LLM("demo", backend="cuda", max_context=512) as llm,
         LLM("demo", backend="reference", max_context=512) as oracle,
     ):
-        text = llm.generate(prompt, max_tokens=160, ignore_eos=True)
-        expected = oracle.generate(prompt, max_tokens=160, ignore_eos=True)
-        ours, theirs = (
-            llm.score(expected.prompt_tokens + expected.tokens),
-            oracle.score(expected.prompt_tokens + expected.tokens),
-        )
-        from finial.engine.sampling import log_softmax
+        text = llm.generate(prompt, max_tokens=SIZE.text, ignore_eos=True)
+        expected = oracle.generate(prompt, max_tokens=SIZE.text, ignore_eos=True)
+        ids = expected.prompt_tokens + expected.tokens
+        ours, theirs = llm.score(ids).logits, oracle.score(ids).logits
+        p = log_softmax(theirs)
 
-        p, q = log_softmax(theirs.logits), log_softmax(ours.logits)
-        kl = (np.exp(p) * (p - q)).sum(-1)
-        same = next(
-            (i for i, pair in enumerate(zip(text.tokens, expected.tokens, strict=True)) if pair[0] != pair[1]), 160
-        )
-    return {"kl_mean": float(kl.mean()), "kl_max": float(kl.max()), "same_greedy_tokens": same, "of": 160}
+        def divergence(logits: np.ndarray) -> Row:
+            kl = (np.exp(p) * (p - log_softmax(np.asarray(logits, np.float32)))).sum(-1)
+            return {"kl_mean": float(kl.mean()), "kl_max": float(kl.max())}
+
+        result: Row = {"cuda": divergence(ours)}
+        pairs = enumerate(zip(text.tokens, expected.tokens, strict=True))
+        same = next((i for i, pair in pairs if pair[0] != pair[1]), SIZE.text)
+        result["same_greedy_tokens"], result["of"] = same, SIZE.text
+        if same < SIZE.text:  # how far the reference's two candidates are apart there, beside how far logits are off
+            row = theirs[len(expected.prompt_tokens) + same - 1]
+            margin = float(row[expected.tokens[same]] - row[text.tokens[same]])
+            result["margin_where_they_part"] = margin
+            result["root_mean_square_error"] = float(np.sqrt(((ours - theirs) ** 2).mean()))
+    print(json.dumps(result), flush=True)
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        return result | {"transformers": f"not here: {error}"}
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    demo = str(files("finial") / "demo")
+    model = AutoModelForCausalLM.from_pretrained(demo, dtype=torch.bfloat16).to(place).eval()
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids], device=place)).logits[0].float().cpu().numpy()
+    result["transformers, bf16"] = divergence(logits)
+    result["no worse than transformers"] = result["cuda"]["kl_mean"] <= result["transformers, bf16"]["kl_mean"]
+    return result
 
 
 def transformers(path: Path) -> Row:
@@ -296,27 +379,34 @@ def transformers(path: Path) -> Row:
     import torch
     from transformers import AutoModelForCausalLM, StaticCache
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).cuda().eval()
+    place = "cpu" if os.environ.get(TWIN) else "cuda"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(place).eval()
+    synchronize = torch.cuda.synchronize if place == "cuda" else lambda: None
     result: Row = {}
 
     def timed(work: Callable[[], object], times: int) -> float:
         samples = []
         for _ in range(times):
-            torch.cuda.synchronize()
+            synchronize()
             start = time.perf_counter()
             work()
-            torch.cuda.synchronize()
+            synchronize()
             samples.append(time.perf_counter() - start)
         return statistics.median(samples[len(samples) // 4 :]) * 1000
 
     with torch.inference_mode():
-        ids = torch.randint(0, 1000, (1, 2048), device="cuda")
-        result["prefill 2048 ms"] = timed(lambda: model(ids, logits_to_keep=1), 12)
-        cache = StaticCache(config=model.config, max_cache_len=256)
-        model(ids[:, :128], past_key_values=cache, cache_position=torch.arange(128, device="cuda"))
-        one, at = ids[:, :1].clone(), torch.tensor([128], device="cuda")
-        result["decode ms, eager"] = timed(lambda: model(one, past_key_values=cache, cache_position=at), 30)
+        rows, depth = min(2048, max(SIZE.prompts)), SIZE.depths[0]
+        ids = torch.randint(0, 1000, (1, max(rows, depth)), device=place)
+        result[f"prefill {rows} ms"] = timed(lambda: model(ids[:, :rows], logits_to_keep=1), min(12, SIZE.samples))
+        cache = StaticCache(config=model.config, max_cache_len=2 * depth)
+        model(ids[:, :depth], past_key_values=cache, cache_position=torch.arange(depth, device=place))
+        one, at = ids[:, :1].clone(), torch.tensor([depth], device=place)
+        result["decode ms, eager"] = timed(
+            lambda: model(one, past_key_values=cache, cache_position=at), min(30, SIZE.samples)
+        )
         print(json.dumps(result), flush=True)
+        if place == "cpu":
+            return result
         compiled = torch.compile(model, mode="reduce-overhead", fullgraph=False)
         result["decode ms, compiled"] = timed(lambda: compiled(one, past_key_values=cache, cache_position=at), 60)
     return result
@@ -337,6 +427,7 @@ PARTS: dict[str, Callable[..., Row]] = {
     "prefill": prefill,
     "first-token": first_token,
     "formats": formats,
+    "engine": engine,
     "kernels": kernels,
     "agreement": agreement,
     "transformers": transformers,
@@ -344,4 +435,6 @@ PARTS: dict[str, Callable[..., Row]] = {
 }
 
 if __name__ == "__main__":
+    if os.environ.get(TWIN):
+        import benchmarks.gpu.twin  # noqa: F401  # it puts itself in the place of the driver
     print(json.dumps(PARTS[sys.argv[1]](*map(Path, sys.argv[2:]))))

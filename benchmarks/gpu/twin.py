@@ -1,0 +1,42 @@
+"""Instead of a GPU, the device of the tests: the kernels' own sources on the CPU.  Importing it puts it in place.
+
+With it `python -m benchmarks.gpu --twin` runs every line that `make gpu` runs, on a small model, with times that mean
+nothing, so that no slip of the pen costs a minute on a GPU.  Needs g++ and `tests` on the path; pytest takes it as
+`-p benchmarks.gpu.twin`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cuda_twin import TwinDevice
+from finial.backends.cuda import driver
+from finial.backends.cuda.device import Launch
+
+
+class BenchDevice(TwinDevice):
+    """What `CudaDevice` has beyond the protocol."""
+
+    dependent = True
+
+    def elapsed_ms(self, work: Callable[[], object], times: int = 1) -> float:
+        self.synchronize()
+        start = time.perf_counter()
+        for _ in range(times):
+            work()
+        self.synchronize()
+        return (time.perf_counter() - start) * 1000
+
+    def run_each(self, launches: Sequence[Launch]) -> list[float]:
+        self.record(launches)
+        return [self.elapsed_ms(lambda launch=launch: self.replay([launch])) for launch in launches]
+
+
+def open_device(index: int = 0) -> Any:
+    """As `driver.open_device`."""
+    return BenchDevice(arena=128 << 20)
+
+
+driver.open_device = open_device
