@@ -2,7 +2,8 @@
 # make test    set everything up, then run the whole test suite
 # make check   formatting, lint and types, as CI runs them
 # make check-native  the kernels' own tests under AddressSanitizer with UBSan, then under ThreadSanitizer
-# make gpu     on a machine with an NVIDIA GPU: its tests and figures; make gpu-wheels before, where there is a network
+# make gpu     on a machine with an NVIDIA GPU: its tests and figures (make gpu-probe: its memory and barriers alone);
+#              make gpu-wheels before, where there is a network
 # make format  rewrite the sources as `make check` wants them
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ NATIVE  := $(wildcard src/finial/kernels/cpu/*)
 CUDA    := $(wildcard src/finial/kernels/cuda/* tests/cuda/* benchmarks/gpu/*.cuh)
 CXX_SRC := $(filter %.cpp %.h %.hpp %.inc,$(NATIVE)) $(wildcard tests/native/*) $(CUDA)
 
-.PHONY: demo test check gpu gpu-wheels check-native check-address check-thread format clean help
+.PHONY: demo test check gpu gpu-probe gpu-wheels check-native check-address check-thread format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -88,6 +89,10 @@ gpu:
 	@if ls .whl/*.whl >/dev/null 2>&1; then \
 	  $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target build/gpu-site .whl/*.whl; fi
 	PYTHONPATH=build/gpu-site $(GPU_PYTHON) -m benchmarks.gpu
+
+# The micro-benchmarks of the persistent kernel alone, in half a minute.
+gpu-probe:
+	PYTHONPATH=build/gpu-site $(GPU_PYTHON) -m benchmarks.gpu --only machine,probe --name probe.json
 
 gpu-wheels:
 	$(GPU_PYTHON) -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \

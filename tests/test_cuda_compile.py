@@ -143,6 +143,6 @@ def test_probes_compile() -> None:
     """The experiments of `make gpu`, for the architecture that they are written for."""
     from benchmarks.gpu import probe
 
-    found = list(probe.all_kernels().values())
+    found = [experiment.kernel for experiment in probe.all_probes().values()]
     cubin, log = compile_kernels(found, "sm_90a")
     assert cubin and not any(usage(log, kernel).spill_bytes for kernel in found)

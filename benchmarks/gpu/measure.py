@@ -42,12 +42,15 @@ class Size:
     warm: int = 5
     sample_ms: float = 20.0
     seconds: float = 1.0
+    together: tuple[int, ...] = (1, 8)  # sequences of a text
+    repeats: int = 3
 
 
 FULL = Size()
 TINY = Size(
     depths=(20,), alone=(20,), batches=(2,), batch_depth=20, prompts=(16,), formats=("fp8",), smoke=(("bf16", "bf16"),),
     chunks=(1, 16), text=4, first=2, samples=2, warm=1, sample_ms=0.0, seconds=0.0,
+    together=(1,), repeats=1,
 )  # fmt: skip
 SIZE = TINY if os.environ.get(TWIN) else FULL
 
@@ -293,7 +296,7 @@ def kernels(path: Path) -> Row:
         program.run(feeds, state)
         device.record = record
         times: dict[str, list[float]] = {}
-        runs = [device.run_each(launches) for _ in range(5)]
+        runs = [device.run_each(launches) for _ in range(min(5, SIZE.samples))]
         for index, launch in enumerate(launches):
             text = f"{launch.kernel.name} grid {launch.grid} x {launch.kernel.threads}"
             times.setdefault(text, []).append(min(run[index] for run in runs) * 1000)
@@ -312,9 +315,9 @@ def engine(path: Path) -> Row:
         offered = kind.runs_ahead
         for name, ahead in (("ahead", True), ("step by step", False)):
             kind.runs_ahead = property(lambda self, ahead=ahead: ahead and offered.fget(self))
-            for count in (1, 8):
+            for count in SIZE.together:
                 rates = []
-                for seed in range(3):
+                for seed in range(SIZE.repeats):
                     prompts = [[*tokens, seed * 8 + i] for i in range(count)]
                     begin = time.perf_counter()
                     done = llm.generate(prompts, max_tokens=SIZE.text, ignore_eos=True)
@@ -416,7 +419,7 @@ def probe() -> Row:
     """What the machine's memory and hand-offs can do; see probe.py."""
     from benchmarks.gpu import probe as probes
 
-    return probes.run(_device())
+    return probes.run(_device(), **({"size": 1 << 20, "samples": 3, "least": 1000} if SIZE is TINY else {}))
 
 
 PARTS: dict[str, Callable[..., Row]] = {

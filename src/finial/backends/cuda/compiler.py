@@ -140,7 +140,8 @@ def compiler_version() -> str:
 
 
 def _key(kernel: Kernel, arch: str) -> str:
-    text = "\0".join((program([kernel]), sources_digest(), arch, compiler_version()))
+    own = kernel.header.startswith("/") and Path(kernel.header).read_text()  # one that is not among the sources
+    text = "\0".join((program([kernel]), sources_digest(), own or "", arch, compiler_version()))
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
