@@ -327,6 +327,7 @@ def engine(path: Path) -> Row:
                 row = {"tokens_per_s": round(statistics.median(rates), 1), "prompt": len(tokens), "text": SIZE.text}
                 result[f"{name}, batch {count}"] = row | ({"decode_tok_s": single and round(single, 1)})
         kind.runs_ahead = offered
+        result["notes"] = llm.notes
     return result
 
 
