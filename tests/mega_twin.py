@@ -8,7 +8,7 @@ Knows the kernel's arguments and the table; what a program makes of them, and wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -88,6 +88,7 @@ class MegaTwin:
         limit_s: float = 300.0,
         made: Plan | None = None,
         base: int = BASE,
+        fused_mlp: bool = False,
     ) -> None:
         self.model, self.rows = model, rows
         shape = model.found.shape
@@ -99,6 +100,7 @@ class MegaTwin:
             sampled=sampled,
             warps=warps,
             stage_bytes=stage_bytes,
+            fused_mlp=fused_mlp,
         )
         self.kernel = table.kernel(self.plan, PAGE, bulk=bulk, least=least)
         self.device = TwinDevice(arena=arena, seed=seed, base=base)
@@ -116,6 +118,7 @@ class MegaTwin:
         caches = [self.device.allocate(cache_bytes) for _ in range(shape.layers)]
         for address in caches:
             self.device.upload(address, np.full(cache_bytes, 0xFF, np.uint8))  # NaN where nothing was written
+        self._caches, self._cache_bytes = caches, cache_bytes
         d, f32 = shape.head_dim, np.float32
         parts = plan.items * plan.splits * plan.heads * (d + 2)
         self.addresses = {
@@ -152,6 +155,11 @@ class MegaTwin:
         address = self.device.allocate(array.nbytes)
         self.device.upload(address, np.ascontiguousarray(array))
         return address
+
+    def fill_caches(self, values: Callable[[int], NDArray[np.float64]]) -> None:
+        """Of an f32 cache: values(count) for all that there is."""
+        for address in self._caches:
+            self.device.upload(address, values(self._cache_bytes // 4).astype(np.float32))
 
     def write(self, name: str, array: NDArray[np.generic]) -> None:
         """Fill a buffer."""

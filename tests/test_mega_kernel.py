@@ -53,6 +53,13 @@ CASES: dict[str, tuple[ModelConfig, str, str, dict[str, Any]]] = {
         "f32",
         {"rows": 8, "warps": 4, "blocks": 2, "sampled": True},
     ),
+    "gate·up and down in one, bf16": (QWEN3, "bf16", "bf16", {"fused_mlp": True, "bulk": False, "blocks": 4}),
+    "gate·up and down in one, fp8": (
+        replace(SMALL, hidden_size=72, intermediate_size=120),
+        "fp8",
+        "f32",
+        {"rows": 3, "fused_mlp": True, "sampled": True},
+    ),
 }
 
 
@@ -113,24 +120,24 @@ class Follower:
 @pytest.mark.parametrize("name", list(CASES))
 def test_steps_are_the_references(compiled: None, name: str) -> None:
     """Rows that begin at different times, several steps a launch, over the end of a page and of a window."""
-    mega = case(name)
+    mega = case(name, pages=5)
     follower = Follower(mega)
-    done = {}
-    first = follower.run({0: (3, 0, 14)}, 14)
-    done[0] = int(first[-1, 0]), 14
+    depth = 60 if mega.model.cache == "f32" else 14  # where stretches of positions are merged, at these sizes
+    first = follower.run({0: (3, 0, depth)}, depth)
     if mega.rows > 1:
-        second = follower.run({0: (*done[0], 3), 1: (9, 0, 3)}, 4)  # both reach their limit after three
+        second = follower.run({0: (int(first[-1, 0]), depth, 3), 1: (9, 0, 3)}, 4)  # both reach their limit
         assert len(second) == 3 and (mega.state()[:2, 2] == 0).all()
-        rows = {0: (int(second[-1, 0]), 17, 4), 1: (int(second[-1, 1]), 3, 3)}
+        rows = {0: (int(second[-1, 0]), depth + 3, 4), 1: (int(second[-1, 1]), 3, 3)}
         rows |= {row: (row * 5, 0, 3) for row in range(2, mega.rows)}
     else:
-        rows = {0: (*done[0], 5)}
+        rows = {0: (int(first[-1, 0]), depth, 5)}
     third = follower.run(rows, 3)
     assert len(third) == 3
     assert mega.state()[0].tolist() == [third[-1, 0], rows[0][1] + 3, 1, rows[0][2] - 3]
     if mega.plan.sampled:
         follower.check_logits()
-    assert not mega.control()[0] and int(mega.control()[1]) == 14 + 3 * (1 + (mega.rows > 1))
+    assert not mega.control()[0] and int(mega.control()[1]) == depth + 3 * (1 + (mega.rows > 1))
+    assert merged(mega) == (mega.plan.splits > 1 and depth == 60)
     assert not mega.read("tickets", np.zeros(mega.plan.items, np.uint32)).any()
 
 
@@ -203,14 +210,22 @@ def buffers(mega: MegaTwin) -> list[np.ndarray]:
     return [mega.read(name, np.zeros((rows, size), np.float32)) for name, size in sizes.items()]
 
 
+def merged(mega: MegaTwin) -> bool:
+    """Whether more than one block had a part in a row's attention."""
+    plan = mega.plan
+    size = (plan.items, plan.splits, plan.heads, plan.shape.head_dim + 2)
+    return bool(np.isfinite(mega.read("parts", np.zeros(size, np.float32))[:, 1:]).any())
+
+
 def test_same_bits_in_any_order(compiled: None) -> None:
     """Whatever blocks start first and whoever merges a row's stretches."""
     seen = []
     for seed in (1, 20, 300):
-        mega = case("head norms, tied, bf16", seed=1)
+        mega = case("head norms, tied, bf16", seed=1, pages=6)
         mega.device._seed = seed
-        mega.start({0: (7, 0, 40)})
-        tokens = mega.launch(22)
+        mega.start({0: (7, 0, 90)})
+        tokens = mega.launch(60)
+        assert merged(mega)
         seen.append([tokens, *buffers(mega)])
     for other in seen[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(seen[0], other, strict=True))
@@ -243,13 +258,14 @@ def test_a_signal_that_never_comes(compiled: None, kind: int) -> None:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("sanitizer", ["thread", "address"])
-def test_sanitizers(sanitizer: str, tmp_path: Path) -> None:
-    """Each CUDA thread of two blocks an OS thread, two steps of one layer, a stretch of positions for each block."""
-    config = replace(SMALL, num_layers=1, windows=(None,), vocab_size=64, intermediate_size=64)
+@pytest.mark.parametrize("sanitizer, fused_mlp", [("thread", False), ("thread", True), ("address", True)])
+def test_sanitizers(sanitizer: str, fused_mlp: bool, tmp_path: Path) -> None:
+    """Each CUDA thread of two blocks an OS thread, two steps of one layer at a depth that both blocks share."""
+    config = replace(SMALL, num_layers=1, windows=(None,), vocab_size=64, intermediate_size=64, num_kv_heads=1)
     base = ADDRESS_BASE if sanitizer == "address" else BASE
-    mega = MegaTwin(Model(config), blocks=2, arena=2 << 20, least=1, base=base)
-    mega.start({0: (3, 0, 40)})
-    mega.launch(18)
+    mega = MegaTwin(Model(config), blocks=2, pages=5, arena=2 << 20, base=base, fused_mlp=fused_mlp)
+    mega.fill_caches(np.random.default_rng(4).standard_normal)
+    mega.start({0: (3, 70, 9)})
+    assert len(mega.launch(2)) == 2 and merged(mega)
     done = mega.device.replay_under(sanitizer, tmp_path)
     assert done.returncode == 0, done.stderr[:4000]

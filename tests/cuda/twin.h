@@ -435,6 +435,19 @@ inline void mma_bf16(float d[4], const u32 a[4], const u32 b[2]) {
     d[i] += sum;
   }
 }
+inline void mma_bf16_short(float d[4], const u32 a[2], u32 b) {
+  Fragments own = {{a[0], a[1], 0, 0}, {b, 0}};
+  const twin::Slot* slots = twin::exchange(own);
+  const int g = twin::current->id() / 4, t = twin::current->id() % 4;
+  auto half = [](u32 pair, int which) { return as_float(which ? pair & 0xffff0000u : pair << 16); };
+  for (int i = 0; i < 4; i++) {
+    float sum = 0;
+    for (int k = 0; k < 8; k++)
+      sum += half(twin::get<Fragments>(slots[g * 4 + k / 2]).a[i / 2], k % 2) *
+             half(twin::get<Fragments>(slots[(2 * t + i % 2) * 4 + k / 2]).b[0], k % 2);
+    d[i] += sum;
+  }
+}
 inline void load_matrix(u32 r[4], const void* row, bool transposed) {
   const twin::Slot* slots = twin::exchange((u64)row);
   const int g = twin::current->id() / 4, t = twin::current->id() % 4;
@@ -489,6 +502,15 @@ inline void add_release(u32* p, u32 v) {
 inline u32 add_acquire_release(u32* p, u32 v) {
   random_delay();
   return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
+}
+inline void add_vector(float* p, Float4 v) {
+  const float values[4] = {v.x, v.y, v.z, v.w};
+  for (int i = 0; i < 4; i++) {
+    u32* word = (u32*)(p + i);
+    u32 old = __atomic_load_n(word, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(word, &old, as_bits(as_float(old) + values[i]), false, __ATOMIC_RELAXED,
+                                        __ATOMIC_RELAXED));
+  }
 }
 inline u32 load_volatile(const u32* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 inline void store_volatile(u32* p, u32 v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }

@@ -137,6 +137,16 @@ FINIAL_DEVICE void mma_bf16(float d[4], const u32 a[4], const u32 b[2]) {
   __trap();  // the host asks for no tensor-core kernel below 8.0
 #endif
 }
+// The same with 8 of k: A 16x8, B 8x8 (PTX ISA, mma.m16n8k8).
+FINIAL_DEVICE void mma_bf16_short(float d[4], const u32 a[2], u32 b) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(b));
+#else
+  __trap();
+#endif
+}
 FINIAL_DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 FINIAL_DEVICE void load_matrix_x4(u32 r[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -194,6 +204,16 @@ FINIAL_DEVICE u32 add_acquire_release(u32* p, u32 v) {
   u32 old;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
   return old;
+}
+// Four sums at once; they order nothing, and their order is that of arrival.
+FINIAL_DEVICE void add_vector(float* p, Float4 v) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(v.x), "f"(v.y), "f"(v.z),
+               "f"(v.w)
+               : "memory");
+#else
+  atomicAdd(p, v.x), atomicAdd(p + 1, v.y), atomicAdd(p + 2, v.z), atomicAdd(p + 3, v.w);
+#endif
 }
 // Words that the host may read or write meanwhile; alone, they order nothing.
 FINIAL_DEVICE u32 load_volatile(const u32* p) {

@@ -73,12 +73,16 @@ struct Mega : Parts<C> {
 #pragma unroll 1
       for (const Entry* entry = m.table; going && entry->kind != END; entry++) {
         const int kind = entry->kind;
-        if (kind == ATTEND || kind == SAMPLE || kind == TOKEN) continue;
+        if (!P::is_product(kind)) continue;
         const int k = kind == OUTPUT ? P::ATTN : kind == DOWN ? C::F : C::D;
-        int bytes = entry->count * ceil_div(k, 32) * P::U::BYTES;
+        int bytes = entry->count * ceil_div(k, 32) * P::U::BYTES, most = P::RingShape::SLOT_BYTES;
+        if (C::MLP && kind == MLP_DOWN) {
+          const int group = entry->count * (P::U::BYTES / 4);
+          bytes = ceil_div(C::D, 8) * group, most = P::down_groups(entry->count) * group;
+        }
 #pragma unroll 1
         while (going && bytes > 0) {
-          const int part = bytes < P::RingShape::SLOT_BYTES ? bytes : P::RingShape::SLOT_BYTES;
+          const int part = bytes < most ? bytes : most;
           going = producer.put(m.ring, state.barriers, from, part, gone);
           from += part, bytes -= part;
         }
@@ -124,7 +128,7 @@ struct Mega : Parts<C> {
       for (int number = 0; good; number++) {
         const Entry entry = m.table[number];
         if (entry.kind == END) break;
-        const bool product = entry.kind != ATTEND && entry.kind != SAMPLE && entry.kind != TOKEN;
+        const bool product = P::is_product(entry.kind);
         const bool staged = product && entry.kind == staged_kind && entry.layer == staged_layer;
         if (product && !staged) Work::warm(a, entry);
         if (entry.kind == ATTEND) warm_attention(a, state, entry);
@@ -132,14 +136,17 @@ struct Mega : Parts<C> {
         if (!good) break;
         staged_kind = product ? entry.kind : END, staged_layer = entry.layer;
         bool arrives = true;
-        if (product)
+        if (product && !(C::MLP && entry.kind == MLP_DOWN)) {
           Work::run(a, m, entry, number, step, staged, reader);
-        else if (entry.kind == ATTEND)
+        } else if (product) {
+          if constexpr (C::MLP) Work::down(a, m, entry, number, reader);
+        } else if (entry.kind == ATTEND) {
           arrives = attend(a, m, entry);
-        else if (entry.kind == TOKEN)
+        } else if (entry.kind == TOKEN) {
           token(a, state, step, step - begun);
-        else if (C::SAMPLED)
-          sample(a, m, entry, step, step - begun);
+        } else {
+          if constexpr (C::SAMPLED) sample(a, m, entry, step, step - begun);
+        }
         if (arrives && entry.kind != TOKEN) signal(a, entry);
       }
       if (!good) break;

@@ -34,7 +34,7 @@ struct MegaArgs {
   i32 steps, page_stride, ring_rows, ring_stride, epoch, padding;
 };
 
-enum Kind { QKV, ATTEND, OUTPUT, GATE_UP, DOWN, HEAD, SAMPLE, TOKEN, END = -1 };
+enum Kind { QKV, ATTEND, OUTPUT, GATE_UP, DOWN, HEAD, SAMPLE, TOKEN, MLP_UP, MLP_DOWN, END = -1 };
 constexpr int COUNTER_STRIDE = 32, STOPS = 8;
 constexpr i32 ROW_ENDED = -2, NOT_FINITE = -1;
 
@@ -104,21 +104,32 @@ struct Parts {
     float inverse[B], squares[B * SQUARES];
   };
   static_assert(sizeof(State) <= 4096, "table.py leaves so much");
+  // Neurons of a block, as terms: [TERMS, B, OWN], with 16 bytes more a row so that rows lie in other banks.
+  static constexpr int OWN_STRIDE = C::OWN + 8, OWN_BYTES = C::MLP ? round_up(ROWS * OWN_STRIDE * 2, 128) : 0;
+  static_assert(!C::MLP || (!U::BLOCKS && C::OWN % 8 == 0 && C::TERMS >= 2), "octets of neurons; y lies over x");
   static constexpr int RING = C::STAGES * RingShape::SLOT_BYTES, TABLE = C::ENTRIES * (int)sizeof(Entry);
   static_assert(C::SCRATCH % 16 == 0 && C::SCRATCH >= X_BYTES + SUMS * 4 && X_BYTES % 16 == 0, "x and sums");
   static_assert(C::SCRATCH >= (int)sizeof(typename Attention::Scratch), "attention");
   static_assert(!C::SAMPLED || C::SCRATCH >= (int)sizeof(typename Sampler::Scratch), "sampling");
-  static constexpr int SHARED = RING + C::SCRATCH + TABLE + 4096;
+  static constexpr int SHARED = RING + C::SCRATCH + OWN_BYTES + TABLE + 4096;
 
   struct Memory {  // of a block
     u8 *ring, *scratch;
+    u16* own;
     Entry* table;
     State* state;
     FINIAL_DEVICE u16* x() const { return (u16*)scratch; }
     FINIAL_DEVICE float* sums() const { return (float*)(scratch + X_BYTES); }
   };
   FINIAL_DEVICE static Memory memory(u8* shared) {
-    return {shared, shared + RING, (Entry*)(shared + RING + C::SCRATCH), (State*)(shared + RING + C::SCRATCH + TABLE)};
+    u8* own = shared + RING + C::SCRATCH;
+    return {shared, shared + RING, (u16*)own, (Entry*)(own + OWN_BYTES), (State*)(own + OWN_BYTES + TABLE)};
+  }
+
+  FINIAL_DEVICE static bool is_product(int kind) { return kind != ATTEND && kind != SAMPLE && kind != TOKEN; }
+  // Row groups of a stage of MLP_DOWN: as many whole ones as a slot holds, the same number for every warp.
+  FINIAL_DEVICE static int down_groups(int octets) {
+    return RingShape::SLOT_BYTES / (octets * (U::BYTES / 4)) / C::WARPS * C::WARPS;
   }
 
   // A wait that took too long, noted once; every other wait sees it and ends too.

@@ -39,8 +39,10 @@ struct Product : Parts<C> {
       case OUTPUT:
         return {a.attn, nullptr, nullptr, vectors + P::O_SCALES, P::ATTN, D};
       case GATE_UP:
+      case MLP_UP:
         return {a.x1, vectors + P::MLP_NORM, nullptr, vectors + P::GATE_UP_SCALES, D, 2 * C::F};
       case DOWN:
+      case MLP_DOWN:
         return {a.act, nullptr, nullptr, vectors + P::DOWN_SCALES, C::F, D};
       default:
         return {a.x0, a.vectors + P::FINAL_NORM, nullptr, a.vectors + P::HEAD_SCALES, D, C::V};
@@ -52,7 +54,8 @@ struct Product : Parts<C> {
     const Source s = source(a, entry);
     if (s.norm) lines(s.norm, D);
     if (s.bias) lines(s.bias + entry.first * 8, entry.count * 8);
-    if (P::CHANNELS) lines(s.scales + entry.first * 8, entry.count * 8);
+    if (P::CHANNELS && entry.kind != MLP_DOWN) lines(s.scales + entry.first * 8, entry.count * 8);
+    if (P::CHANNELS && entry.kind == MLP_UP) lines(a.vectors + (u64)entry.layer * P::LAYER + P::DOWN_SCALES, D);
   }
   FINIAL_DEVICE static void lines(const float* p, int n) {
     for (int i = threadIdx.x * 32; i < n; i += THREADS * 32) ptx::prefetch_l2(p + i);
@@ -126,7 +129,8 @@ struct Product : Parts<C> {
       at.next();
       has = false;
     }
-    FINIAL_DEVICE void next(const MegaArgs& a, const Memory& m, int entry) {
+    // `offset`: of the warp's first bytes; `turn`: how often its turn comes in a stage.
+    FINIAL_DEVICE void next(const MegaArgs& a, const Memory& m, int entry, int offset, int turn) {
       if (has) release(m);
       typename P::Patience patience;
       has = Stages::wait(&m.state->barriers.full[at.slot], at.parity, [&] {
@@ -135,8 +139,8 @@ struct Product : Parts<C> {
         if (over) ptx::store_block(&m.state->broken, 1);  // the next wait for another block ends for all warps alike
         return over;
       });
-      unit = m.ring + at.slot * P::RingShape::SLOT_BYTES + threadIdx.x / 32 * U::BYTES;
-      left = TURN;
+      unit = m.ring + at.slot * P::RingShape::SLOT_BYTES + offset;
+      left = turn;
     }
   };
 
@@ -190,7 +194,7 @@ struct Product : Parts<C> {
                                 bool staged, Reader& reader) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Source s = source(a, entry);
-    const int blocks = ceil_div(s.k, 32), units = entry.count * blocks;
+    const int blocks = ceil_div(s.k, 32);
     if (!staged) stage(a, m, s);
     u64 best[EACH];
 #pragma unroll
@@ -216,7 +220,7 @@ struct Product : Parts<C> {
         int kb = unit - group * blocks;
 #pragma unroll 1
         while (unit < end) {
-          if (reader.left == 0) reader.next(a, m, number), stages++;
+          if (reader.left == 0) reader.next(a, m, number, warp * U::BYTES, TURN), stages++;
           const int mine = (end - unit + WARPS - 1) / WARPS, count = mine < reader.left ? mine : reader.left;
           const u8* from = reader.unit;
 #pragma unroll 4
@@ -244,21 +248,31 @@ struct Product : Parts<C> {
         if (s.norm) v[0] *= m.state->inverse[b], v[1] *= m.state->inverse[b];
         if (P::CHANNELS) v[0] *= extras[n].scale[0], v[1] *= extras[n].scale[1];
         v[0] += extras[n].add[0], v[1] += extras[n].add[1];
-        finish(a, entry, s, b, row, v, best[n]);
+        finish(a, m, entry, s, b, row, v, best[n]);
       }
     }
     // Stages in which this warp had nothing are its to give back all the same.
 #pragma unroll 1
-    for (; stages < entry.stages; stages++) reader.next(a, m, number);
+    for (; stages < entry.stages; stages++) reader.next(a, m, number, warp * U::BYTES, TURN);
     if (reader.has) reader.release(m);
     reader.left = 0;
     if (entry.kind == HEAD && !C::SAMPLED) candidates(a, m, best, step);
   }
 
-  FINIAL_DEVICE static void finish(const MegaArgs& a, const Entry& entry, const Source& s, int b, int row,
-                                   const float v[2], u64& best) {
-    if (entry.kind == GATE_UP) {
-      a.act[b * C::F + row / 2] = v[0] / (1.0f + ptx::exp2_fast(-1.4426950408889634f * v[0])) * v[1];
+  FINIAL_DEVICE static void finish(const MegaArgs& a, const Memory& m, const Entry& entry, const Source& s, int b,
+                                   int row, const float v[2], u64& best) {
+    if (entry.kind == GATE_UP || (C::MLP && entry.kind == MLP_UP)) {
+      float act = v[0] / (1.0f + ptx::exp2_fast(-1.4426950408889634f * v[0])) * v[1];
+      if (!C::MLP) {
+        a.act[b * C::F + row / 2] = act;
+      } else {  // the block's own neurons, as terms
+#pragma unroll
+        for (int t = 0; t < C::TERMS; t++) {
+          const u16 term = to_bf16(act);
+          m.own[(t * B + b) * P::OWN_STRIDE + row / 2 - entry.first * 4] = term;
+          act -= from_bf16(term);
+        }
+      }
     } else if (entry.kind == HEAD && !C::SAMPLED) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {  // the highest, the lowest id among ties; NaN counts as the highest
@@ -270,7 +284,54 @@ struct Product : Parts<C> {
       to += (u64)b * s.rows + row;
       to[0] = v[0];
       if (row + 1 < s.rows) to[1] = v[1];
+      if (C::MLP && entry.kind == OUTPUT) {  // parts of down are added to it; this layer's readers of x0 are done
+        float* sum = a.x0 + (u64)b * D + row;
+        sum[0] = v[0], sum[1] = v[1];
+      }
     }
+  }
+
+  // Down, of the block's own neurons: a part of every row of the output, added to x0 by reductions.  A warp has whole
+  // row groups, and its instructions one term of x at a time, so that a group's sums are complete in its registers.
+  FINIAL_DEVICE static void down(const MegaArgs& a, const Memory& m, const Entry& entry, int number, Reader& reader) {
+    constexpr int OCTET = U::BYTES / 4, GROUPS = ceil_div(D, 8);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int octets = entry.count, turn = P::down_groups(octets) / WARPS, offset = warp * octets * OCTET;
+    const float* scales = P::CHANNELS ? source(a, entry).scales : nullptr;
+    float* y = (float*)m.scratch;  // [B, D]; nobody reads x after the barrier before this
+    const u16* own = m.own + g * P::OWN_STRIDE + 2 * t;
+    int stages = 0;
+#pragma unroll 1
+    for (int group = warp; group < GROUPS; group += WARPS) {
+      if (reader.left == 0) reader.next(a, m, number, offset, turn), stages++;
+      float sums[C::TERMS][4];
+#pragma unroll
+      for (int i = 0; i < C::TERMS; i++) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.0f;
+#pragma unroll 2
+      for (int o = 0; o < octets; o++) {
+        const u32 w = U::octet(reader.unit + o * OCTET, lane);
+#pragma unroll
+        for (int i = 0; i < C::TERMS; i++) {
+          const u32 x[2] = {g < B ? *(const u32*)(own + i * B * P::OWN_STRIDE + o * 8) : 0, 0};
+          ptx::mma_bf16_short(sums[i], x, w);
+        }
+      }
+      reader.unit += WARPS * octets * OCTET, reader.left--;
+      const int row = group * 8 + 2 * t;
+      if (g < B && row < D) {
+        float v[2] = {sums[0][0], sums[0][1]};
+#pragma unroll
+        for (int i = 1; i < C::TERMS; i++) v[0] += sums[i][0], v[1] += sums[i][1];
+        if (P::CHANNELS) v[0] *= scales[row], v[1] *= scales[row + 1];
+        y[g * D + row] = v[0], y[g * D + row + 1] = v[1];
+      }
+    }
+#pragma unroll 1
+    for (; stages < entry.stages; stages++) reader.next(a, m, number, offset, turn);
+    if (reader.has) reader.release(m);
+    reader.left = 0;
+    Team::sync();
+    for (int i = threadIdx.x * 4; i < B * D; i += THREADS * 4) ptx::add_vector(a.x0 + i, *(const Float4*)(y + i));
   }
 
   // The block's best of each row, for every block to compare.

@@ -8,6 +8,7 @@
 #include "formats.cuh"
 
 // weights(unit, lane, w): w[0], w[1] are the right side of the first step, w[2], w[3] of the second.
+// An octet is 8 rows by 8 of k, for mma.m16n8k8 in memory's own order: lane 4 g + t has row g, k = 2 t and 2 t + 1.
 template <class Format>
 struct Unit;
 
@@ -20,6 +21,7 @@ struct Unit<Bf16> {  // u16 [8][32]
     w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
   }
   FINIAL_DEVICE static void scales(const u8*, int, float s[2]) { s[0] = s[1] = 1.0f; }
+  FINIAL_DEVICE static u32 octet(const u8* octet, int lane) { return *(const u32*)(octet + lane * 4); }
 };
 
 struct alignas(8) Vec2 {
@@ -40,6 +42,9 @@ struct Unit<Fp8> {  // u8 [8][32]; the host puts 2^8 into the row's scale, see f
     w[2] = pair(ptx::permute(v.y, 0, 0x4140)), w[3] = pair(ptx::permute(v.y, 0, 0x4342));
   }
   FINIAL_DEVICE static void scales(const u8*, int, float s[2]) { s[0] = s[1] = 1.0f; }
+  FINIAL_DEVICE static u32 octet(const u8* octet, int lane) {
+    return pair(ptx::permute(*(const u16*)(octet + lane * 2), 0, 0x4140));
+  }
 };
 
 template <>

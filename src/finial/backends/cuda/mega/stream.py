@@ -2,7 +2,8 @@
 
 A stream is the units of the block's entries one after another, group by group and along k; a unit is 8 rows of 32
 weights.  bf16: 512 bytes, row by row.  fp8 (e4m3): 256 bytes, row by row; a row's scale is one of the vectors.  q8_0:
-the 8 rows of 32 int8 + 128, then their 8 f16 scales, 272 bytes.  Rows and weights beyond a matrix are zeros.
+the 8 rows of 32 int8 + 128, then their 8 f16 scales, 272 bytes.  Where gate·up and down are one phase, down comes by
+octets: 8 rows of 8 of the block's neurons, row by row, group by group.  Rows and weights beyond a matrix are zeros.
 
 Knows the table and finial's formats; nothing of devices.  A piece at a time: nothing is held but one entry's weights.
 
@@ -28,6 +29,8 @@ from finial.backends.cuda.mega.table import (
     HEAD,
     KIND,
     LAYER,
+    MLP_DOWN,
+    MLP_UP,
     OUTPUT,
     QKV,
     ROWS,
@@ -48,6 +51,8 @@ def matrices(recognised: Recognised, kind: int, layer: int) -> tuple[str, ...]:
         OUTPUT: (names.output,),
         GATE_UP: (names.gate, names.up),
         DOWN: (names.down,),
+        MLP_UP: (names.gate, names.up),
+        MLP_DOWN: (names.down,),
         HEAD: (recognised.head,),
     }[kind]
 
@@ -64,14 +69,15 @@ class Packer:
         self._shape = plan.shape
         self._offsets, self._stride, self._after, total = table.vectors(plan.shape)
         self._vectors = np.zeros(total, np.float32)
+        self._whole: tuple[Tensor | None, Bytes] = None, np.zeros((0, 0), np.uint8)
         self._orders = {kind: table.row_order(plan.shape, kind) for kind in table.PRODUCTS}
 
     def pieces(self) -> Iterator[tuple[int, Bytes]]:
         """(where, from the first block's stream; bytes), matrix by matrix."""
-        entries, units = self._plan.table, self._plan.units()
-        starts = np.cumsum(units, axis=1) - units
+        entries, sizes = self._plan.table, self._plan.entry_bytes()
+        starts = np.cumsum(sizes, axis=1) - sizes
         base = self._plan.offsets().astype(np.int64)
-        block, at = np.nonzero(units)
+        block, at = np.nonzero(sizes)
         order = np.lexsort((entries[block, at, FIRST], entries[block, at, KIND], entries[block, at, LAYER]))
         tensors: list[Tensor] = []
         now = (-1, -1)
@@ -80,7 +86,7 @@ class Packer:
             kind, layer = int(entry[KIND]), int(entry[LAYER])
             if (kind, layer) != now:
                 now, tensors = (kind, layer), [self._weights[n] for n in matrices(self._recognised, kind, layer)]
-            where = int(base[b]) + int(starts[b, a]) * table.UNIT_BYTES[self._shape.format]
+            where = int(base[b]) + int(starts[b, a])
             yield where, self._entry(kind, layer, tensors, int(entry[FIRST]), int(entry[COUNT]))
 
     def vectors(self) -> NDArray[np.float32]:
@@ -111,6 +117,9 @@ class Packer:
 
     def _entry(self, kind: int, layer: int, tensors: list[Tensor], first: int, count: int) -> Bytes:
         """The units of these groups."""
+        if kind == MLP_DOWN:
+            return self._octets(layer, tensors[0], first, count)
+        kind = GATE_UP if kind == MLP_UP else kind
         order = self._orders[kind][first * ROWS : (first + count) * ROWS]
         k_units, format = table.k_units(self._shape, kind), self._shape.format
         rows = _rows(tensors, order)
@@ -132,6 +141,20 @@ class Packer:
         out[:, :, : ROWS * UNIT_K] = (raw[:, :, :, 2:] ^ np.uint8(128)).reshape(count, k_units, -1)
         out[:, :, ROWS * UNIT_K :] = raw[:, :, :, :2].reshape(count, k_units, -1)
         return out.reshape(-1)
+
+    def _octets(self, layer: int, tensor: Tensor, first: int, count: int) -> Bytes:
+        """All rows of down for these octets of neurons."""
+        rows, k = tensor.shape
+        if self._shape.format == "fp8":  # whole rows, as a scale is a row's
+            if self._whole[0] is not tensor:
+                data, scales = pack_matrix([tensor], "fp8", interleave=False)
+                self._put("down_scales", layer, scales[:, 0])
+                self._whole = tensor, data[:, :k]
+            data, size = self._whole[1], 1
+        else:
+            data, size = tensor.data.view(np.uint8).reshape(rows, -1), 2
+        part = data[:, first * ROWS * size : (first + count) * ROWS * size]
+        return _units(part, table.down_groups(self._shape), count, ROWS * size).reshape(-1)
 
 
 def _rows(tensors: list[Tensor], order: NDArray[np.int64]) -> Bytes:

@@ -8,7 +8,8 @@ shapes; nothing of graphs, weights and devices.
 
 A step is a list of phases, each shared out over the blocks: for every layer QKV, ATTEND, OUTPUT, GATE_UP and DOWN,
 then HEAD, SAMPLE where tokens are drawn, and TOKEN.  Products go by row groups of 8 weight rows, in the order of
-`row_order`.
+`row_order`.  With `fused_mlp` a block's rows of gate·up make neurons that nobody else sees (MLP_UP), and it adds their
+part of down to everybody's rows (MLP_DOWN): one wait less a layer, and sums in the order of arrival.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from finial.backends.cuda.mega.shape import MegaShape, Unsuited
 Numbers = int | NDArray[np.int64]
 
 # Kinds of entries.
-QKV, ATTEND, OUTPUT, GATE_UP, DOWN, HEAD, SAMPLE, TOKEN = range(8)
+QKV, ATTEND, OUTPUT, GATE_UP, DOWN, HEAD, SAMPLE, TOKEN, MLP_UP, MLP_DOWN = range(10)
 END = -1
-NAMES = ("QKV", "ATTEND", "OUTPUT", "GATE_UP", "DOWN", "HEAD", "SAMPLE", "TOKEN")
+NAMES = ("QKV", "ATTEND", "OUTPUT", "GATE_UP", "DOWN", "HEAD", "SAMPLE", "TOKEN", "MLP_UP", "MLP_DOWN")
 PRODUCTS = (QKV, OUTPUT, GATE_UP, DOWN, HEAD)
 # Fields of an entry, int32 each.
 KIND, LAYER, FIRST, COUNT, WAIT, TARGET, SIGNAL, STAGES = range(8)
@@ -160,6 +161,7 @@ class Plan:
         stage_units, stages: of the ring.
         most_groups: row groups whose sums go through shared memory at once.
         splits: of each attention item; heads: query heads of an item; parts: items of a key/value head and row.
+        own: neurons that a block keeps for itself at most; 0 where gate·up and down are two phases.
         sampled: tokens are drawn; otherwise the highest logit is taken where it is made.
         table: int32 [blocks, entries, 8], ended by END.
         arrivals: int32 [counters], of a step.
@@ -176,6 +178,7 @@ class Plan:
     splits: int
     heads: int
     parts: int
+    own: int
     sampled: bool
     table: NDArray[np.int32]
     arrivals: NDArray[np.int32]
@@ -192,12 +195,19 @@ class Plan:
         return int(self.table.shape[1])
 
     def units(self) -> NDArray[np.int64]:
-        """Units of each entry, [blocks, entries]; 0 where it streams nothing."""
+        """Units of each entry, [blocks, entries]; 0 where it streams nothing, or octets (MLP_DOWN)."""
         return _units(self.shape, self.table)
+
+    def entry_bytes(self) -> NDArray[np.int64]:
+        """Of each entry in its block's stream, [blocks, entries]."""
+        nbytes: NDArray[np.int64] = self.units() * UNIT_BYTES[self.shape.format]
+        down = self.table[:, :, KIND] == MLP_DOWN
+        nbytes[down] = self.table[down][:, COUNT] * down_groups(self.shape) * octet_bytes(self.shape)
+        return nbytes
 
     def stream_bytes(self) -> NDArray[np.int64]:
         """Of each block, for a step."""
-        nbytes: NDArray[np.int64] = self.units().sum(axis=1) * UNIT_BYTES[self.shape.format]
+        nbytes: NDArray[np.int64] = self.entry_bytes().sum(axis=1)
         return nbytes
 
     def offsets(self) -> NDArray[np.uint64]:
@@ -219,6 +229,7 @@ class SharedLayout:
     sums: int
     attend: int
     sample: int
+    own: int
     table: int
 
     @property
@@ -229,7 +240,7 @@ class SharedLayout:
     @property
     def total(self) -> int:
         """What the launch asks for."""
-        return self.ring + self.scratch + self.table + STATE_SHARED
+        return self.ring + self.scratch + self.own + self.table + STATE_SHARED
 
 
 def make_plan(
@@ -241,30 +252,35 @@ def make_plan(
     sampled: bool = False,
     warps: int = 8,
     stage_bytes: int = STAGE_BYTES,
+    fused_mlp: bool = False,
 ) -> Plan:
     """The table for a device, one block a multiprocessor.
 
     Args:
         rows: sequences of a step, 1 to 8.
         shared: bytes of shared memory that a block may have.
+        fused_mlp: see the module; not for q8_0, whose blocks lie along the neurons.
     Raises:
         Unsuited: it does not fit; says what.
     """
     if not 1 <= rows <= MOST_ROWS:
         raise Unsuited(f"{rows} sequences in a step: at most {MOST_ROWS}")
+    if fused_mlp and (shape.format == "q8_0" or shape.ffn % ROWS):
+        raise Unsuited(f"gate·up and down in one phase want whole octets of neurons in bf16 or fp8, not {shape.format}")
     blocks = min(multiprocessors, groups_of(shape, HEAD))  # every block has rows of the head: see check.py
     heads = heads_at_once(shape.cache, shape.group)
     parts = -(-shape.group // heads)
     items = rows * shape.kv_heads * parts
     splits = split_count(items, blocks)
-    builder = _Builder(shape, blocks, rows, parts, splits, sampled)
+    builder = _Builder(shape, blocks, rows, parts, splits, sampled, fused_mlp)
     table, arrivals = builder.build(), builder.arrivals
-    products = np.isin(table[:, :, KIND], PRODUCTS)
+    products = np.isin(table[:, :, KIND], (*PRODUCTS, MLP_UP))
+    octets = int(np.max(table[:, :, COUNT][table[:, :, KIND] == MLP_DOWN], initial=0))
     most_groups = min(8, int(table[:, :, COUNT][products].max()))
     terms, unit = terms_of(rows), UNIT_BYTES[shape.format]
     room = shared - RESERVED_SHARED
     while True:
-        layout = _shared(shape, rows, terms, warps, most_groups, heads, table.shape[1])
+        layout = _shared(shape, rows, terms, warps, most_groups, heads, octets * ROWS, table.shape[1])
         stage_units = max(warps, stage_bytes // unit // warps * warps)
         stages = (room - layout.total) // (stage_units * unit)
         if stages >= LEAST_STAGES:
@@ -284,6 +300,14 @@ def make_plan(
     layout = SharedLayout(**{**layout.__dict__, "ring": stages * stage_units * unit})
     units = _units(shape, table)
     table[:, :, STAGES] = -(-units // stage_units)
+    down = table[:, :, KIND] == MLP_DOWN
+    if octets:  # stages of whole row groups, as many for each warp
+        at_once = stage_units * unit // (table[down][:, COUNT] * octet_bytes(shape)) // warps * warps
+        if at_once.min() < warps:
+            raise Unsuited(
+                f"{octets * ROWS} neurons of a block in one phase: a stage has no room for {warps} row groups"
+            )
+        table[down, STAGES] = -(-down_groups(shape) // at_once)
     waits = table[:, :, WAIT]
     table[:, :, TARGET] = np.where(waits >= 0, arrivals[waits], 0)
     return Plan(
@@ -298,6 +322,7 @@ def make_plan(
         splits,
         heads,
         parts,
+        octets * ROWS,
         sampled,
         table,
         arrivals,
@@ -309,8 +334,19 @@ def _units(shape: MegaShape, table: NDArray[np.int32]) -> NDArray[np.int64]:
     per_group = np.zeros(len(NAMES) + 1, np.int64)  # the last is END's
     for kind in PRODUCTS:
         per_group[kind] = k_units(shape, kind)
+    per_group[MLP_UP] = k_units(shape, GATE_UP)
     units: NDArray[np.int64] = per_group[table[:, :, KIND]] * table[:, :, COUNT]
     return units
+
+
+def octet_bytes(shape: MegaShape) -> int:
+    """Of 8 rows by 8 neurons of down."""
+    return UNIT_BYTES[shape.format] // 4
+
+
+def down_groups(shape: MegaShape) -> int:
+    """Row groups of down, all of which every block has for its own neurons."""
+    return groups_of(shape, DOWN)
 
 
 def terms_of(rows: int) -> int:
@@ -331,7 +367,7 @@ def _most_k(shape: MegaShape) -> int:
 
 
 def _shared(
-    shape: MegaShape, rows: int, terms: int, warps: int, most_groups: int, heads: int, entries: int
+    shape: MegaShape, rows: int, terms: int, warps: int, most_groups: int, heads: int, own: int, entries: int
 ) -> SharedLayout:
     """Without the ring."""
     k = -(-_most_k(shape) // 64) * 64 + 32  # see STRIDE in mega_parts.cuh
@@ -344,6 +380,7 @@ def _shared(
         attend=_aligned(((heads + 2) * d + d + warps * heads * (d + 2)) * 4),
         # A histogram of 256, and two numbers of 8 bytes of each thread.
         sample=_aligned(256 * 8 + warps * 32 * 16),
+        own=_aligned(rows * terms * (own + 8) * 2) if own else 0,
         table=_aligned(entries * ENTRY * 4),
     )
 
@@ -355,8 +392,10 @@ def _aligned(nbytes: int) -> int:
 class _Builder:
     """Entries phase by phase; weights are shared out so that streams are of equal length too."""
 
-    def __init__(self, shape: MegaShape, blocks: int, rows: int, parts: int, splits: int, sampled: bool) -> None:
-        self._shape, self._blocks, self._rows = shape, blocks, rows
+    def __init__(
+        self, shape: MegaShape, blocks: int, rows: int, parts: int, splits: int, sampled: bool, fused_mlp: bool
+    ) -> None:
+        self._shape, self._blocks, self._rows, self._fused_mlp = shape, blocks, rows, fused_mlp
         self._parts, self._splits, self._sampled = parts, splits, sampled
         self._load = np.zeros(blocks, np.int64)  # units
         self._chunks: list[NDArray[np.int32]] = []  # of entries, each with its block before it
@@ -370,8 +409,11 @@ class _Builder:
             self._product(QKV, layer, before)
             self._attention(layer)
             self._product(OUTPUT, layer, counter(shape, ATTEND, layer))
-            self._product(GATE_UP, layer, counter(shape, OUTPUT, layer))
-            self._product(DOWN, layer, counter(shape, GATE_UP, layer))
+            if self._fused_mlp:
+                self._mlp(layer)
+            else:
+                self._product(GATE_UP, layer, counter(shape, OUTPUT, layer))
+                self._product(DOWN, layer, counter(shape, GATE_UP, layer))
             before = counter(shape, DOWN, layer)
         self._product(HEAD, 0, before)
         last = counter(shape, HEAD)
@@ -403,7 +445,7 @@ class _Builder:
         self._chunks.append(np.stack(columns, axis=1).astype(np.int32))
         if kind == ATTEND:  # who merges an item signals
             self.arrivals[signal] = self._rows * self._shape.kv_heads * self._parts
-        elif kind != TOKEN:
+        elif kind not in (TOKEN, MLP_UP):
             np.add.at(self.arrivals, columns[7], 1)
 
     def _product(self, kind: int, layer: int, wait: int) -> None:
@@ -422,6 +464,20 @@ class _Builder:
         block = np.searchsorted(ends, first, side="right")
         signal = counter(shape, kind, layer) + first // (groups // heads)
         self._add(block, kind, layer, first, cuts - first, wait, signal)
+
+    def _mlp(self, layer: int) -> None:
+        shape = self._shape
+        octets = shape.ffn // ROWS
+        each, more = divmod(octets, self._blocks)
+        counts = np.full(self._blocks, each)
+        counts[self._least_loaded()[:more]] += 1
+        first = np.cumsum(counts) - counts
+        self._load += counts * (2 * k_units(shape, GATE_UP) + down_groups(shape) // 4)
+        block = np.flatnonzero(counts)
+        first, counts = first[block], counts[block]
+        # Block by block one after the other: the table is sorted by block alone, and keeps this order.
+        self._add(block, MLP_UP, layer, 2 * first, 2 * counts, counter(shape, OUTPUT, layer), NOTHING)
+        self._add(block, MLP_DOWN, layer, first, counts, NOTHING, counter(shape, DOWN, layer))
 
     def _attention(self, layer: int) -> None:
         shape, splits, blocks = self._shape, self._splits, self._blocks
@@ -466,7 +522,7 @@ def kernel(plan: Plan, page_size: int, *, bulk: bool = True, least: int = 128) -
         LEAST=least,
         BULK=bulk,
         GB=plan.heads,
-        U=4 if shape.head_dim <= 128 and shape.cache == "bf16" else 2,
+        U=4 if shape.head_dim <= 128 and shape.cache == "bf16" and plan.heads <= 2 else 2,  # what registers hold
         PAGE=page_size,
         WINDOW=shape.window or 0,
         EPS=float(shape.eps),
@@ -475,6 +531,8 @@ def kernel(plan: Plan, page_size: int, *, bulk: bool = True, least: int = 128) -
         NORMED=shape.normed,
         BIAS=shape.bias,
         SAMPLED=plan.sampled,
+        MLP=plan.own > 0,
+        OWN=plan.own,
         ENTRIES=plan.entries,
         SCRATCH=plan.shared.scratch,
     )
