@@ -29,7 +29,6 @@ CHOSEN = {
     89: [("Qwen2.5-1.5B", "fp8", "bf16", 1, True, False)],
     90: [
         ("Qwen3-0.6B", "bf16", "bf16", 1, False, False),
-        ("Llama-3.2-1B", "bf16", "f32", 4, False, False),
         ("Qwen2.5-1.5B", "q8_0", "bf16", 2, True, False),
         ("Qwen3-0.6B", "fp8", "q8_0", 8, False, False),
         ("Qwen3-0.6B", "bf16", "bf16", 1, False, True),
