@@ -23,6 +23,8 @@ from finial.backends.cuda.mega.table import (
     HEAD,
     KIND,
     LAYER,
+    MLP_DOWN,
+    MLP_UP,
     OUTPUT,
     PRODUCTS,
     QKV,
@@ -65,13 +67,15 @@ def plans(draw: st.DrawFn) -> Plan:
         heads=kv_heads * group,
         kv_heads=kv_heads,
         head_dim=8 * draw(st.integers(1, 16)),
-        ffn=draw(st.integers(1, 400)),
+        ffn=draw(st.integers(1, 400) | st.integers(1, 50).map(lambda octets: 8 * octets)),
         vocab=draw(st.integers(1, 3000)),
         format=draw(st.sampled_from(["bf16", "fp8", "q8_0"])),
         cache=draw(st.sampled_from(["bf16", "f32", "q8_0"])),
     )
+    fused_mlp = shape.format != "q8_0" and shape.ffn % 8 == 0 and draw(st.booleans())
     return make_plan(
         shape,
+        fused_mlp=fused_mlp,
         rows=draw(st.integers(1, 8)),
         multiprocessors=draw(st.integers(1, 8) | st.integers(40, 170)),
         shared=SHARED[90],
@@ -95,6 +99,7 @@ def test_any_shape_on_any_device(made: Plan, data: st.DataObject) -> None:
 SHAPES = {
     "greedy": make_plan(replace(SMALL, kv_heads=4, heads=8), rows=2, multiprocessors=13, shared=SHARED[86], warps=2),
     "sampled": make_plan(replace(SMALL, layers=3), rows=3, multiprocessors=5, shared=SHARED[86], sampled=True),
+    "fused": make_plan(SMALL, rows=2, multiprocessors=7, shared=SHARED[86], warps=2, fused_mlp=True),
     "idle": make_plan(replace(SMALL, layers=1, vocab=1600), rows=1, multiprocessors=170, shared=SHARED[90]),
 }
 
@@ -120,7 +125,8 @@ def set_all(made: Plan, field: int, value: Callable[[np.ndarray], int | None], *
             yield changed(made, (block, at, field, new))
 
 
-ANY = (*PRODUCTS, ATTEND, SAMPLE, TOKEN)
+STREAMING = (*PRODUCTS, MLP_UP, MLP_DOWN)
+ANY = (*STREAMING, ATTEND, SAMPLE, TOKEN)
 
 
 def needed_waits(made: Plan) -> list[tuple[int, int]]:
@@ -145,11 +151,12 @@ def one_phase_too_early(made: Plan) -> Iterator[Plan]:
     for block, at in needed_waits(made):
         kind, layer = int(made.table[block, at, KIND]), int(made.table[block, at, LAYER])
         earlier = {
-            QKV: lambda layer: counter(shape, GATE_UP, layer - 1),
+            QKV: lambda layer: counter(shape, OUTPUT if made.own else GATE_UP, layer - 1),
             OUTPUT: lambda layer: counter(shape, QKV, layer, 0),
             GATE_UP: lambda layer: counter(shape, ATTEND, layer),
+            MLP_UP: lambda layer: counter(shape, ATTEND, layer),
             DOWN: lambda layer: counter(shape, OUTPUT, layer),
-            HEAD: lambda layer: counter(shape, GATE_UP, shape.layers - 1),
+            HEAD: lambda layer: counter(shape, OUTPUT if made.own else GATE_UP, shape.layers - 1),
             SAMPLE: lambda layer: counter(shape, DOWN, shape.layers - 1),
             TOKEN: lambda layer: counter(shape, HEAD if made.sampled else DOWN, 0),
         }
@@ -174,20 +181,22 @@ def wrong_target(made: Plan) -> Iterator[Plan]:
 
 
 def dropped_signal(made: Plan) -> Iterator[Plan]:
-    yield from set_all(made, SIGNAL, lambda e: -1, *PRODUCTS, ATTEND, SAMPLE)
+    yield from set_all(made, SIGNAL, lambda e: -1, *PRODUCTS, MLP_DOWN, ATTEND, SAMPLE)
 
 
 def wrong_signal(made: Plan) -> Iterator[Plan]:
-    yield from set_all(made, SIGNAL, lambda e: (int(e[SIGNAL]) + 1) % len(made.arrivals), *PRODUCTS, ATTEND, SAMPLE)
+    yield from set_all(
+        made, SIGNAL, lambda e: (int(e[SIGNAL]) + 1) % len(made.arrivals), *PRODUCTS, MLP_DOWN, ATTEND, SAMPLE
+    )
 
 
 def lost_row(made: Plan) -> Iterator[Plan]:
-    yield from set_all(made, COUNT, lambda e: int(e[COUNT]) - 1, *PRODUCTS)
+    yield from set_all(made, COUNT, lambda e: int(e[COUNT]) - 1, *STREAMING)
 
 
 def row_twice(made: Plan) -> Iterator[Plan]:
-    yield from set_all(made, COUNT, lambda e: int(e[COUNT]) + 1, *PRODUCTS)
-    yield from set_all(made, FIRST, lambda e: int(e[FIRST]) - 1 if e[FIRST] else None, *PRODUCTS)
+    yield from set_all(made, COUNT, lambda e: int(e[COUNT]) + 1, *STREAMING)
+    yield from set_all(made, FIRST, lambda e: int(e[FIRST]) - 1 if e[FIRST] else None, *STREAMING)
 
 
 def lost_entry(made: Plan) -> Iterator[Plan]:
@@ -216,7 +225,7 @@ def swapped_entries(made: Plan) -> Iterator[Plan]:
 
 def stages_off_by_one(made: Plan) -> Iterator[Plan]:
     for by in (-1, 1):
-        yield from set_all(made, STAGES, lambda e, by=by: int(e[STAGES]) + by, *PRODUCTS)  # type: ignore[misc]
+        yield from set_all(made, STAGES, lambda e, by=by: int(e[STAGES]) + by, *STREAMING)  # type: ignore[misc]
 
 
 def another_split(made: Plan) -> Iterator[Plan]:
@@ -227,7 +236,7 @@ def another_split(made: Plan) -> Iterator[Plan]:
 
 def another_layers_rows(made: Plan) -> Iterator[Plan]:
     layers = made.shape.layers
-    kinds = (QKV, ATTEND, OUTPUT, GATE_UP, DOWN)
+    kinds = (QKV, ATTEND, OUTPUT, GATE_UP, DOWN, MLP_UP, MLP_DOWN)
     yield from set_all(made, LAYER, lambda e: (int(e[LAYER]) + 1) % max(layers, 2), *kinds)
 
 
@@ -251,9 +260,9 @@ FAULTS: dict[str, tuple[Callable[[Plan], Iterator[Plan]], set[str]]] = {
     "wrong signal": (wrong_signal, {"target", "deadlock", "overrun"}),
     "row lost": (lost_row, {"rows", "entry"}),
     "row twice": (row_twice, {"rows", "entry"}),
-    "entry lost": (lost_entry, {"rows"}),
-    "entry twice": (entry_twice, {"rows"}),
-    "swapped entries": (swapped_entries, {"deadlock"}),
+    "entry lost": (lost_entry, {"rows", "entry"}),
+    "entry twice": (entry_twice, {"rows", "entry"}),
+    "swapped entries": (swapped_entries, {"deadlock", "entry"}),
     "stage count off by one": (stages_off_by_one, {"ring"}),
     "another split": (another_split, {"rows", "entry"}),
     "another layer's rows": (another_layers_rows, {"rows", "entry"}),

@@ -17,11 +17,14 @@ from cuda_twin import CXX, TwinDevice
 from finial.backends.cuda import driver
 from finial.backends.cuda.device import Launch
 from finial.backends.cuda.mega import program as megakernel
+from finial.backends.cuda.mega import table
+from finial.backends.cuda.mega.table import make_plan
 from finial.backends.cuda.program import CudaProgram, headroom
 from finial.backends.cuda.ways import VARIABLE, Trial, TryOut
 from finial.engine import runs
 from finial.errors import BackendError
 from finial.llm import LLM
+from test_mega_table import SMALL
 
 if CXX is None:
     assert os.environ.get("CI") != "true", "no g++: see .ci/run"
@@ -245,3 +248,36 @@ def test_the_comparison_of_make_gpu_runs(load: Load) -> None:
     llm, _ = load("mega")
     row = mega.compare(llm._executable._programs[0], cases=((1, 40),), steps=10, pairs=2)["batch 1, depth 40"]
     assert row["same_first_tokens"] == row["of"] == 10 and row["mega_ms"] > 0 and row["graph_over_mega"] > 0
+
+
+def test_the_driver_is_asked_for_all_blocks_at_once() -> None:
+    """What NVIDIA's own bindings are given: no GPU is needed to fill their structs."""
+    cu = pytest.importorskip("cuda.bindings.driver", reason='pip install "finial[cuda]"')
+    given: list[Any] = []
+
+    class Driver:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(cu, name)
+
+        def cuCtxSetCurrent(self, context: int) -> tuple[int]:
+            return (0,)
+
+        def cuLaunchKernelEx(self, config: Any, *rest: Any) -> tuple[int]:
+            given.append((config, *rest))
+            return (0,)
+
+        def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, *asked: Any) -> tuple[int, int]:
+            assert asked == (77, kernel.threads, kernel.shared)
+            return 0, 1
+
+    kernel = table.kernel(make_plan(SMALL, rows=1, multiprocessors=4, shared=99 << 10), 16)
+    device = object.__new__(driver.CudaDevice)
+    device._cu, device._context, device._stream, device._cache = Driver(), 0, 0, None
+    device.multiprocessors, device.arch, device._functions = 4, "sm_90a", {kernel: 77}
+    assert device.resident(kernel) == 4
+    device.launch(Launch(kernel, (4, 1, 1), kernel.pack(steps=8)))
+    config, function, _, _ = given[0]
+    assert function == 77 and (config.gridDimX, config.blockDimX) == (4, 9 * 32)
+    assert config.sharedMemBytes == kernel.shared and config.numAttrs == 1
+    assert config.attrs[0].id == cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+    assert config.attrs[0].value.cooperative == 1

@@ -120,7 +120,7 @@ class CudaProgram:
         sizes = {value.name: _slot_bytes(value) * pages * page_size for value in self.graph.of_kind("state")}
         free, total = self.device.memory()
         need, free = sum(sizes.values()), max(0, free - headroom(total))
-        if need > free and self.ways.mega is not None and self.ways.asked != "mega":
+        if need > free and self.ways.mega is not None and not self.ways.forced:
             self.ways.give_up(f"the megakernel's {self.ways.mega.nbytes:,} bytes are wanted for the cache", warn=False)
             free = max(0, self.device.memory()[0] - headroom(total))
         if need > free:
@@ -231,7 +231,7 @@ class CudaProgram:
             try:
                 state.sessions[size, drawn] = mega.session(size, drawn, state.caches, state.page_size)
             except Unsuited as reason:
-                if self.ways.asked != "mega":
+                if not self.ways.forced:
                     self.ways.give_up(str(reason))
                 return None
         session = state.sessions[size, drawn]

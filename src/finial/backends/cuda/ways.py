@@ -1,7 +1,7 @@
 """The two ways to decode several steps, a graph of kernels and the megakernel: which one runs, and why.
 
-The faster one is found by running both, once for each bucket of rows, for a single row at load; FINIAL_CUDA=graph or
-mega decides instead.  Knows no steps; who runs them is the program.
+The faster one is found by running both, once for each bucket of rows, for a single row at load; FINIAL_CUDA=graph,
+mega or mega-fused decides instead.  Knows no steps; who runs them is the program.
 
     ways = Ways(model, weights, device)
     if ways.mega_runs(rows, trial): ...
@@ -27,7 +27,7 @@ from finial.errors import BackendError
 from finial.formats import Tensor
 
 VARIABLE = "FINIAL_CUDA"
-CHOICES = ("auto", "graph", "mega")
+CHOICES = ("auto", "graph", "mega", "mega-fused")  # the last one: gate·up and down in one phase, see mega/table.py
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,19 @@ class Ways:
             self.notes.append(f"decoding by graph, as {VARIABLE} says")
             return
         try:
-            self.mega = Mega(model, weights, device)
+            self.mega = Mega(model, weights, device, fused_mlp=self.asked == "mega-fused")
         except (Unsuited, BackendError) as error:  # the latter: memory, or a compiler that refuses
             reason = error.what if isinstance(error, BackendError) else str(error)
-            if self.asked == "mega":
+            if self.forced:
                 raise BackendError(
                     f"the megakernel does not run this model here: {reason}", fix=f"leave {VARIABLE} away"
                 ) from error
             self.notes.append(f"decoding by graph, not by megakernel: {reason}")
+
+    @property
+    def forced(self) -> bool:
+        """Whether the megakernel was asked for."""
+        return self.asked.startswith("mega")
 
     def mega_runs(self, rows: int, try_out: TryOut) -> bool:
         """Whether the megakernel runs steps of so many rows; tries both the first time.
@@ -95,7 +100,7 @@ class Ways:
         except Unsuited as reason:
             self.notes.append(f"decoding {what} by graph, not by megakernel: {reason}")
             return False
-        if self.asked == "mega":
+        if self.forced:
             self.notes.append(f"decoding {what} by megakernel, as {VARIABLE} says")
             return True
         try:

@@ -33,6 +33,8 @@ from finial.backends.cuda.mega.table import (
     HEAD,
     KIND,
     LAYER,
+    MLP_DOWN,
+    MLP_UP,
     NAMES,
     OUTPUT,
     PRODUCTS,
@@ -81,6 +83,7 @@ def _run(plan: Plan, events: Events, parities: int) -> list[Finding]:
     findings += _most(events.overruns())
     findings += [finding for access in accesses for finding in _most(access.ordered(events))]
     findings += _most(_cache(plan, events))
+    findings += _most(_sums(events))
     return findings
 
 
@@ -93,25 +96,39 @@ def _most(found: Iterator[Finding]) -> list[Finding]:
 
 def _ring(plan: Plan) -> Iterator[Finding]:
     """What the producer brings is what workers take: by entry, by block, and in all."""
-    t, units, unit = plan.table, plan.units(), UNIT_BYTES[plan.shape.format]
-    wanted = -(-units // plan.stage_units)
+    t, sizes, slot = plan.table, plan.entry_bytes(), plan.stage_units * UNIT_BYTES[plan.shape.format]
+    wanted = -(-sizes // slot)
+    down = t[:, :, KIND] == MLP_DOWN
+    if down.any():  # whole row groups of down, as many for each warp
+        octets = np.maximum(t[down][:, COUNT], 1)
+        at_once = slot // (octets * table.octet_bytes(plan.shape)) // plan.warps * plan.warps
+        wanted[down] = -(-table.down_groups(plan.shape) // np.maximum(at_once, 1))
     for block, at in np.argwhere(t[:, :, STAGES] != wanted)[:_MOST].tolist():
         yield Finding(
             "ring",
-            f"{_name(t, block, at)} has {units[block, at]} units, {wanted[block, at]} stages of {plan.stage_units}, "
+            f"{_name(t, block, at)} has {sizes[block, at]} bytes, {wanted[block, at]} stages of up to {slot}, "
             f"the table says {t[block, at, STAGES]}",
         )
     if plan.stage_units % plan.warps or plan.stages < 2:
         yield Finding("ring", f"{plan.stages} stages of {plan.stage_units} units for {plan.warps} warps")
-    if plan.shared.ring != plan.stages * plan.stage_units * unit or plan.stage_units * unit % 16:
-        yield Finding("ring", f"{plan.stages} stages of {plan.stage_units * unit} bytes in {plan.shared.ring}")
-    offsets, sizes = plan.offsets().astype(np.int64), units.sum(axis=1) * unit
-    for block in np.flatnonzero((np.diff(offsets) < sizes) | (offsets[:-1] % 16 != 0))[:_MOST].tolist():
-        yield Finding("ring", f"the stream of block {block} has {sizes[block]} bytes from {offsets[block]}")
-    layers = {kind: 1 if kind == HEAD else plan.shape.layers for kind in PRODUCTS}
-    whole = sum(layers[k] * table.groups_of(plan.shape, k) * table.k_units(plan.shape, k) for k in PRODUCTS)
-    if units.sum() != whole:
-        yield Finding("ring", f"streams have {units.sum()} units, the matrices {whole}")
+    if plan.shared.ring != plan.stages * slot or slot % 16:
+        yield Finding("ring", f"{plan.stages} stages of {slot} bytes in {plan.shared.ring}")
+    offsets, streams = plan.offsets().astype(np.int64), sizes.sum(axis=1)
+    for block in np.flatnonzero((np.diff(offsets) < streams) | (offsets[:-1] % 16 != 0))[:_MOST].tolist():
+        yield Finding("ring", f"the stream of block {block} has {streams[block]} bytes from {offsets[block]}")
+    whole = sum(_matrix_bytes(plan, kind) for kind in PRODUCTS)
+    if streams.sum() != whole:
+        yield Finding("ring", f"streams have {streams.sum()} bytes, the matrices {whole}")
+
+
+def _matrix_bytes(plan: Plan, kind: int) -> int:
+    """Of all matrices of a kind, up to whole units or octets."""
+    layers = 1 if kind == HEAD else plan.shape.layers
+    if kind == DOWN and plan.own:
+        groups, octets = table.down_groups(plan.shape), plan.shape.ffn // table.ROWS
+        return layers * groups * octets * table.octet_bytes(plan.shape)
+    units = table.groups_of(plan.shape, kind) * table.k_units(plan.shape, kind)
+    return layers * units * UNIT_BYTES[plan.shape.format]
 
 
 def _entries(plan: Plan) -> Iterator[Finding]:
@@ -125,6 +142,7 @@ def _entries(plan: Plan) -> Iterator[Finding]:
     for product in PRODUCTS:
         most[product] = table.groups_of(shape, product)
     most[ATTEND], most[SAMPLE] = plan.items, plan.rows
+    most[MLP_UP], most[MLP_DOWN] = most[GATE_UP], shape.ffn // table.ROWS
     size = np.where(kind == ATTEND, 1, count)
     bad = (kind < 0) | (kind >= len(NAMES)) | (t[:, :, LAYER] < 0) | (t[:, :, LAYER] >= shape.layers)
     bad |= (t[:, :, WAIT] >= len(plan.arrivals)) | (t[:, :, SIGNAL] >= len(plan.arrivals))
@@ -133,6 +151,14 @@ def _entries(plan: Plan) -> Iterator[Finding]:
     splits = (kind == ATTEND) & ((count >> 16 != plan.splits) | (count & 0xFFFF >= plan.splits))
     for block, at in np.argwhere((bad | splits) & live)[:_MOST].tolist():
         yield Finding("entry", f"{_name(plan.table, block, at)} is {t[block, at].tolist()}")
+    # A block's own neurons are in its shared memory from one entry to the next.
+    up, down = kind[:, :-1] == MLP_UP, kind[:, 1:] == MLP_DOWN
+    after, before = t[:, 1:], t[:, :-1]
+    same = (after[:, :, LAYER] == before[:, :, LAYER]) & (2 * after[:, :, FIRST] == before[:, :, FIRST])
+    same &= 2 * after[:, :, COUNT] == before[:, :, COUNT]
+    alone = (up | down) & ~(up & down & same) & live[:, :-1]
+    for block, at in np.argwhere(alone)[:_MOST].tolist():
+        yield Finding("entry", f"{_name(plan.table, block, at)} and the next one do not share their neurons")
 
 
 def _name(t: NDArray[np.int32], block: int, at: int) -> str:
@@ -299,14 +325,16 @@ def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
         access(
             "x0",
             width,
-            [own(DOWN)],
+            # With gate·up and down in one phase the residual is put there first, and blocks add to it.
+            [own(OUTPUT if plan.own else DOWN)],
             [
                 whole(QKV, width, -1, later_layers),
                 own(OUTPUT, -1, later_layers),
                 whole(HEAD, width, shape.layers - 1),
+                whole(MLP_DOWN, width),
             ],
         ),
-        access("x1", width, [own(OUTPUT)], [whole(GATE_UP, width), own(DOWN)]),
+        access("x1", width, [own(OUTPUT)], [whole(GATE_UP, width), whole(MLP_UP, width), own(DOWN)]),
         access(
             "qkv",
             table.groups_of(shape, QKV),
@@ -329,7 +357,7 @@ def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
         ),
         access("tickets", items, [own(MERGE)], [_Span(attend, e.first[attend], e.first[attend] + 1, -1)]),
         access("attn", items, [own(MERGE)], [whole(OUTPUT, items)]),
-        access("act", gated, [own(GATE_UP)], [whole(DOWN, gated)]),
+        access("act", gated, [own(MLP_UP if plan.own else GATE_UP)], [whole(DOWN, gated)], ordered=not plan.own),
         access("rows of the head", table.groups_of(shape, HEAD), [own(HEAD)], [], e.step, ordered=False),
     ]
     blocks, again = plan.blocks, e.step // parities
@@ -367,6 +395,25 @@ def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
     span = _Span(token, e.agent[token], e.agent[token] + 1)
     made.append(access("tokens known", blocks, [span], [], e.step, ordered=False))
     return made
+
+
+def _sums(events: Events) -> Iterator[Finding]:
+    """What blocks add to x0 is all there when anybody reads it; among each other additions have no order."""
+    adds = np.flatnonzero(events.kind == MLP_DOWN)
+    if not len(adds):
+        return
+    layers = events.plan.shape.layers
+    version = events.step * layers + events.layer
+    last = np.zeros((events.steps * layers, events.agents), np.int16)
+    np.maximum.at(last, (version[adds], events.agent[adds]), events.order[adds].astype(np.int16))
+    reads = np.flatnonzero(np.isin(events.kind, (QKV, OUTPUT)) & (events.layer > 0))
+    head = np.flatnonzero(events.kind == HEAD)
+    wanted = np.concatenate([version[reads] - 1, version[head] + layers - 1])
+    for event, needs in zip(np.concatenate([reads, head]).tolist(), wanted.tolist(), strict=True):
+        missing = last[needs] > events.clocks[event]
+        if missing.any():
+            agent = int(np.flatnonzero(missing)[0])
+            yield Finding("order", f"{events.name(event)} reads what block {agent} adds to x0: no order")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from finial.backends.cuda.mega import table
 from finial.backends.cuda.mega.table import ATTEND, COUNT, END, FIRST, KIND, LAYER, NAMES, SIGNAL, TARGET, WAIT, Plan
 
-MERGE = 8  # of an attention item, by whoever finishes its last split
-IDLE = 9  # a split for which there are no positions: it waits, and does nothing else
+MERGE = len(NAMES)  # of an attention item, by whoever finishes its last split
+IDLE = MERGE + 1  # a split for which there are no positions: it waits, and does nothing else
 
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]

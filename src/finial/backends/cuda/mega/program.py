@@ -145,16 +145,25 @@ class Mega:
 
     Args:
         weights: of the graph, by name; needed only here.
+        fused_mlp: see `table.py`.
     Raises:
         Unsuited: this model or device cannot, with the reason.
     """
 
-    def __init__(self, model: Model, weights: Mapping[str, Tensor], device: Device, *, warps: int = 8) -> None:
+    def __init__(
+        self,
+        model: Model,
+        weights: Mapping[str, Tensor],
+        device: Device,
+        *,
+        fused_mlp: bool = False,
+        warps: int = 8,
+    ) -> None:
         if device.capability < 80:
             raise Unsuited(f"compute capability {device.capability / 10} is below 8.0")
         if device.refuses_waiting:
             raise Unsuited(device.refuses_waiting)
-        self.device, self._warps, self.limit_ns = device, warps, LIMIT_NS
+        self.device, self._warps, self._fused_mlp, self.limit_ns = device, warps, fused_mlp, LIMIT_NS
         self.recognised = recognise(model.graph, model.items, model.formats)
         self._plans: dict[tuple[int, bool], Plan] = {}
         self._stored: list[int] = []
@@ -203,6 +212,7 @@ class Mega:
                 shared=self.device.shared_memory,
                 sampled=sampled,
                 warps=self._warps,
+                fused_mlp=self._fused_mlp,
             )
         return self._plans[rows, sampled]
 
