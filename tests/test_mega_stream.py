@@ -19,7 +19,9 @@ from finial.models.decoder import build_graph
 from test_mega_table import BASE, recognised
 
 
-def made(config: ModelConfig, format: str, blocks: int) -> tuple[Plan, Recognised, dict[str, Tensor]]:
+def made(
+    config: ModelConfig, format: str, blocks: int, fused_mlp: bool = False
+) -> tuple[Plan, Recognised, dict[str, Tensor]]:
     graph, random = build_graph(config), np.random.default_rng(3)
     weights = {}
     for value in graph.of_kind("weight"):
@@ -28,7 +30,8 @@ def made(config: ModelConfig, format: str, blocks: int) -> tuple[Plan, Recognise
         weights[value.name] = tensor.to("bf16" if format == "fp8" else format) if len(shape) == 2 else tensor
     found = recognised(graph, {name: t.format for name, t in weights.items()})
     found = replace(found, shape=replace(found.shape, format=format))
-    return make_plan(found.shape, rows=2, multiprocessors=blocks, shared=227 << 10, warps=2), found, weights
+    plan = make_plan(found.shape, rows=2, multiprocessors=blocks, shared=227 << 10, warps=2, fused_mlp=fused_mlp)
+    return plan, found, weights
 
 
 def groups_in(plan: Plan, stream: np.ndarray, kind: int, layer: int) -> np.ndarray:
@@ -103,13 +106,49 @@ def test_streams_hold_the_matrices(fields: dict[str, Any], format: str, blocks: 
 def read(units: np.ndarray, format: str, scales: np.ndarray) -> np.ndarray:
     """The values of units [groups, k units, bytes], float32 [groups · 8, k]; scales of rows for fp8."""
     if format == "bf16":
-        return (by_row(units, 64).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return bf16(by_row(units, 64))
     if format == "fp8":
         data = by_row(units, 32)
         return fp8_decoded(data, scales[: len(data)].reshape(-1, 1), data.shape[1])
     numbers = by_row(units[:, :, :256], 32).astype(np.float32) - 128
     blocks = by_row(units[:, :, 256:], 2).view(np.float16).astype(np.float32)
     return numbers * np.repeat(blocks, 32, axis=1)
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8"])
+def test_streams_of_the_fused_variant_hold_down_by_neurons(format: str) -> None:
+    """Each block has all rows of down for its own neurons, octet by octet, right after their gate·up."""
+    plan, names, weights = made(replace(BASE, hidden_size=52), format, 5, fused_mlp=True)
+    stream = np.full(int(plan.offsets()[-1]), 0xEE, np.uint8)
+    packer = Packer(plan, names, weights)
+    for offset, data in packer.pieces():
+        stream[offset : offset + len(data)] = data
+    vectors, (offsets, stride, _, _) = packer.vectors(), table.vectors(plan.shape)
+    for layer, own in enumerate(names.layers):
+        down = weights[own.down].decode()
+        got = np.full((table.down_groups(plan.shape) * ROWS, plan.shape.ffn), np.nan, np.float32)
+        for block, base in enumerate(plan.offsets()[:-1].tolist()):
+            at = base
+            for entry, nbytes in zip(plan.table[block], plan.entry_bytes()[block].tolist(), strict=True):
+                if entry[KIND] == table.MLP_DOWN and entry[LAYER] == layer:
+                    octets = stream[at : at + nbytes].reshape(
+                        -1, int(entry[COUNT]), ROWS, nbytes // len(got) // entry[COUNT]
+                    )
+                    mine = octets.transpose(0, 2, 1, 3).reshape(len(got), -1)
+                    scales = vectors[layer * stride + offsets["down_scales"] :][: len(got)].reshape(-1, 1)
+                    values = fp8_decoded(mine, scales, mine.shape[1]) if format == "fp8" else bf16(mine)
+                    got[:, entry[FIRST] * ROWS : (entry[FIRST] + entry[COUNT]) * ROWS] = values
+                at += nbytes
+        assert np.isfinite(got).all() and not got[len(down) :].any()
+        if format == "bf16":
+            np.testing.assert_array_equal(got[: len(down)], down)
+        else:
+            largest = np.abs(down).max(axis=1, keepdims=True)
+            assert (np.abs(got[: len(down)] - down) <= np.maximum(np.abs(down) / 16, largest / 2**17)).all()
+
+
+def bf16(rows: np.ndarray) -> np.ndarray:
+    return (np.ascontiguousarray(rows).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def by_row(units: np.ndarray, width: int) -> np.ndarray:
