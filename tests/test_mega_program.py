@@ -87,7 +87,7 @@ def test_greedy_text_is_the_references(
     sampling = {"max_tokens": 21, "temperature": 0.0, "ignore_eos": True}
     assert texts(llm, PROMPTS[:1], **sampling) == reference(name, PROMPTS[:1], **sampling)
     notes = ["decoding 1 row by megakernel, as FINIAL_CUDA says"]
-    if way == "mega":
+    if (way, name) == ("mega", "qwen3"):
         assert texts(llm, PROMPTS, **sampling) == reference(name, PROMPTS, **sampling)
         notes.append("decoding up to 2 rows by megakernel, as FINIAL_CUDA says")
     assert "mega" in device.templates and llm.notes == notes
