@@ -15,6 +15,7 @@ import threading
 import zipfile
 from collections import namedtuple
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import pytest
 
 import finial
 from finial.cli import invoke
-from finial.lab.engines import environments
+from finial.lab.engines import environments, setup
 from finial.lab.engines.check import check, checkable
 from finial.lab.engines.environments import ENVIRONMENTS, EngineError, Environment, install, interpreter, state
 from finial.lab.engines.setup import missing
@@ -534,6 +535,19 @@ def test_states_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "finial engines install openvino" in state("openvino", tmp_path, here).why
     assert "NVIDIA" in state("sglang", tmp_path, here).why
     assert missing(ENGINES["OpenVINO GenAI"], Places(tmp_path, tmp_path)) == state("openvino", tmp_path, here).why
+
+
+def test_an_engine_of_a_gpu_is_tried_before_it_gets_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = Places(tmp_path, tmp_path)
+    gpus = [engine for engine in ENGINES.values() if engine.device == "cuda"]
+    assert {"finial cuda", "transformers CUDA", "transformers CUDA compiled"} == {engine.name for engine in gpus}
+    monkeypatch.setattr(setup, "has_nvidia", lambda: False)
+    assert all("NVIDIA GPU" in missing(engine, places) for engine in gpus)
+    monkeypatch.setattr(setup, "has_nvidia", lambda: True)
+    broken = replace(ENGINES["finial cuda"], tried="import sys; sys.exit('no driver for it')")
+    assert missing(broken, places) == "no driver for it"
+    assert missing(replace(broken, tried="pass"), places) == ""
+    assert sys.platform == "darwin" or "Apple" in missing(ENGINES["transformers MPS"], places)
 
 
 def test_every_engine_has_its_adapter_and_environment() -> None:

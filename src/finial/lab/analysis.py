@@ -64,11 +64,14 @@ def best_rival(cell: Cell, name: str | None) -> str | None:
 def share(cell: Cell, name: str, peaks: Mapping[str, Mapping[str, float]]) -> float | None:
     """Median over samples of the time that the machine allowed, as it was around the sample, over the time taken.
 
-    The bandwidth is the better of the two probes around a sample, so a share is never flattered by a bad one.
+    The bandwidth is the better of the two probes around a sample, so a share is never flattered by a bad one.  It is
+    the CPU's: rows of a GPU or a server have no share.
     """
     row = measured(cell).get(name)
     if cell.floor is None or row is None or cell.workload.kind not in ("decode", "prompt", "generate"):
         return None
+    if row.device not in ("", "cpu"):
+        return None  # the bandwidth that was measured is the CPU's
     peak = peak_for(cell.format, dict(peaks.get(str(cell.threads), {})))
     shares = []
     for sample in row.samples:

@@ -116,9 +116,10 @@ def _limit(tables: list[Table]) -> str:
     found = [r.read_gb_s for r in readings(table.cell) if r.read_gb_s]
     number, by = table.limit
     source = "from its last cache" if by == "cache read" else "from memory"
+    others = any(row.device not in ("", "cpu") for row in table.cell.engines.values())
     return (
         f"This machine reads {median(found):.0f} GB/s {source} with {table.cell.threads} threads; a step must read "
-        f"{table.cell.floor.bytes / 1e6:,.1f} MB, so no engine can pass {number:,.0f} tok/s."
+        f"{table.cell.floor.bytes / 1e6:,.1f} MB, so no engine{' on its CPU' * others} can pass {number:,.0f} tok/s."
     )
 
 

@@ -5,6 +5,7 @@ estimate(groups, engines)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from finial.lab.engines.table import Engine
@@ -18,22 +19,29 @@ START_S, PROBE_S, VERDICT_S = 3.0, 0.2, 15.0
 
 
 def estimate(
-    groups: Sequence[Group], engines: Sequence[Engine], model_bytes: float = BYTES, window_s: float = 0.0
+    groups: Sequence[Group],
+    engines: Sequence[Engine],
+    model_bytes: float = BYTES,
+    window_s: float = 0.0,
+    most_s: float = math.inf,
 ) -> float:
     """Seconds for everything.
 
     Args:
         model_bytes: of the weights.
-        window_s: of work whose energy is measured, in each row.
+        window_s: of work whose energy is measured, in each row; most_s: that a workload may take.
     """
-    return sum(group_seconds(group, engines, model_bytes, window_s) for group in groups)
+    return sum(group_seconds(group, engines, model_bytes, window_s, most_s) for group in groups)
 
 
-def group_seconds(group: Group, engines: Sequence[Engine], model_bytes: float, window_s: float = 0.0) -> float:
+def group_seconds(
+    group: Group, engines: Sequence[Engine], model_bytes: float, window_s: float = 0.0, most_s: float = math.inf
+) -> float:
     """Of one group: starting its engines, its workloads, its verdicts."""
     able = [e for e in engines if any(e.runs(group.format, w) for w in group.workloads)]
     total = START_S * len(able) * (group.starts + (group.starts > 1)) + VERDICT_S * model_bytes / BYTES
-    return total + sum(workload_seconds(group, w, engines, model_bytes, window_s) for w in group.workloads)
+    each = (workload_seconds(group, w, engines, model_bytes, window_s) for w in group.workloads)
+    return total + sum(min(seconds, most_s) for seconds in each)
 
 
 def workload_seconds(

@@ -16,7 +16,7 @@ from finial.machine import thread_steps
 
 FORMATS = ("bf16", "q8_0", "q4_0")  # of the family "formats", when none are named
 QUICK = ("quick",)  # of `finial bench` without arguments
-QUICK_S = 20.0  # of samples of each of its workloads: a busy machine gives fewer samples, not a longer wait
+QUICK_S = 15.0  # of samples of each of its workloads: a busy machine gives fewer samples, not a longer wait
 
 
 _OWN = Sizes()

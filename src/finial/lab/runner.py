@@ -83,7 +83,7 @@ class Runner:
         memory_bytes: that one engine may hold.
         tick: called with a cell's key when it is done.
         most_rounds: caps the rounds of workloads that leave them open; cell_s does it by the seconds that a workload's
-            samples take, as long as each engine has `LEAST_ROUNDS`.
+            samples take, as long as each engine has `LEAST_ROUNDS`, and allows as much for all warming up.
         meter: of energy; None: nothing is measured.
         window_s: of an engine's work whose energy is measured, at least; idle_s: of waiting with the engines loaded.
     """
@@ -260,7 +260,8 @@ class Runner:
         needed: dict[str, int] = {}
         for subject in subjects:
             if subject.name in self._workers:
-                last = self._warm(subject, workload, vocab_size, cell.engines[subject.name], failed)
+                enough = min(WARM_S, self._cell_s / len(subjects))
+                last = self._warm(subject, workload, vocab_size, cell.engines[subject.name], failed, enough)
                 needed[subject.name] = min(rounds_for(workload, last), max(workload.rounds, self._most_rounds))
         self._rest(group)
         nbytes = cell.floor.bytes if cell.floor is not None and workload.kind == "decode" else 0
@@ -316,9 +317,15 @@ class Runner:
         return Energy(used.seconds, dict(used.gross_j), runs * workload.worked) if used.gross_j else None
 
     def _warm(
-        self, subject: Subject, workload: Workload, vocab_size: int, row: Row, failed: dict[str, WorkerError]
+        self,
+        subject: Subject,
+        workload: Workload,
+        vocab_size: int,
+        row: Row,
+        failed: dict[str, WorkerError],
+        enough_s: float,
     ) -> float:
-        """Runs that do not count, until two in a row are close; seconds that the last one took."""
+        """Runs that do not count, until two in a row are close or so much time is gone; seconds of the last one."""
         started, last = time.perf_counter(), 1.0
         for warmup in range(workload.warmups):
             sample = self._sample(subject, workload, vocab_size, -2 - warmup, failed)
@@ -328,7 +335,7 @@ class Runner:
             row.warmup.append(sample)
             last = sample.wall_s or last
             close = len(row.warmup) > 1 and abs(sample.value / row.warmup[-2].value - 1) < STEADY
-            if close or time.perf_counter() - started > WARM_S:
+            if close or time.perf_counter() - started > enough_s:
                 break
         return last
 

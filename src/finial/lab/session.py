@@ -159,7 +159,7 @@ class Session:
         self._model, self._places, self._engines, self._seed = model, places, list(engines), seed
         metered = any(counter.readable for counter in probe_energy(Sources()))
         self._window_s = WINDOW_S if metered else 0.0
-        self.seconds = estimate(self.groups, self._engines, model.checkpoint.nbytes, self._window_s)
+        self.seconds = estimate(self.groups, self._engines, model.checkpoint.nbytes, self._window_s, 2 * cell_s)
         key = {
             "model": model.name,
             "engines": [" ".join(filter(None, (e.name, e.options.get("url", "")))) for e in engines],
@@ -200,7 +200,7 @@ class Session:
         """Estimate of every cell that is not there yet, by key."""
         size = self._model.checkpoint.nbytes
         return {
-            key: workload_seconds(group, w, self._engines, size, self._window_s)
+            key: min(workload_seconds(group, w, self._engines, size, self._window_s), 2 * self._cell_s)
             for group in self.groups
             for w in group.workloads
             if (key := f"{group.key}/{w.name}") not in self.record.cells

@@ -261,7 +261,7 @@ def install(
     # Scripts in an environment name its folder, so it is made where it stays, and a link says which one counts.
     folder = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
     try:
-        _fill(environment, folder, say, _has_nvidia(sources))
+        _fill(environment, folder, say, has_nvidia(sources))
         seconds = round(time.monotonic() - started, 1)
         (folder / MADE).write_text(json.dumps({"name": name, "seconds": seconds}) + "\n", encoding="utf-8")
         _link(root / name, folder)
@@ -364,12 +364,13 @@ def _check_room(environment: Environment, root: Path) -> None:
 
 
 def _lacking(environment: Environment, sources: Sources | None) -> str:
-    if environment.needs == "nvidia" and not _has_nvidia(sources):
+    if environment.needs == "nvidia" and not has_nvidia(sources):
         return "it needs an NVIDIA GPU, and this machine has none"
     return ""
 
 
-def _has_nvidia(sources: Sources | None) -> bool:
+def has_nvidia(sources: Sources | None = None) -> bool:
+    """Whether this machine has an NVIDIA GPU."""
     return any(gpu.vendor == "NVIDIA" for gpu in probe_gpus(sources if sources is not None else Sources()))
 
 

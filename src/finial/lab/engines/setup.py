@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import finial
-from finial.lab.engines.environments import ENVIRONMENTS, state
+from finial.lab.engines.environments import ENVIRONMENTS, has_nvidia, state
 from finial.lab.engines.table import EXPORT, Engine, Places, make_command
 
 
@@ -24,6 +24,29 @@ class SetupError(Exception):
 
 def missing(engine: Engine, places: Places) -> str:
     """Why an engine cannot run here; empty when it can."""
+    if engine.device == "cuda" and not has_nvidia():
+        return "it needs an NVIDIA GPU, and this machine has none"
+    if engine.device == "mps" and sys.platform != "darwin":
+        return "it needs Apple's GPU, and this machine has none"
+    reason = _installed(engine, places)
+    return reason or (_tried(engine, places) if engine.tried else "")
+
+
+def _tried(engine: Engine, places: Places) -> str:
+    """Its own attempt, in a process of its own: what opens a device keeps memory on it."""
+    python = engine.command(places)[0]
+    done = subprocess.run(
+        [python, "-c", engine.tried],
+        env={**os.environ, **engine.process_environment(1)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = done.stderr.strip().splitlines()
+    return (lines[-1] if lines else f"status {done.returncode}") if done.returncode else ""
+
+
+def _installed(engine: Engine, places: Places) -> str:
     if not engine.environment:
         return ""
     python = places.pythons.get(engine.environment)

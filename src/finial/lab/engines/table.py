@@ -62,6 +62,7 @@ class Engine:
             the checkpoint, or the nearest that the engine has; its row says which.
         slow: run only the workloads marked so.
         options: given to the adapter's `load`; each adapter's header names its own.
+        device: that it needs: "cpu", "cuda", "mps"; tried: Python that ends well in its interpreter where that works.
         uncached: whether it can compute without a KV cache.
         variables: environment variables of its process.
     """
@@ -76,6 +77,8 @@ class Engine:
     uncached: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    tried: str = ""
 
     def command(self, places: Places) -> list[str]:
         """Interpreter and adapter."""
@@ -103,6 +106,8 @@ _GGUF = {f: f"-{f}.gguf" for f in ("bf16", "q8_0", "q4_0", "q4_k_m", "stored")}
 
 _CHECKPOINT = {"bf16": "", "stored": ""}
 
+_TORCH = "import sys, torch; sys.exit(None if torch.{0}.is_available() else 'its torch was built without {0}')"
+
 ENGINES: Mapping[str, Engine] = {
     engine.name: engine
     for engine in (
@@ -116,6 +121,17 @@ ENGINES: Mapping[str, Engine] = {
             slow=True,
             uncached=True,
             options={"backend": "reference"},
+        ),
+        Engine(
+            "finial cuda",
+            "run_finial.py",
+            "finial",
+            "",
+            {f: name for f, name in {**_GGUF, "stored": ""}.items() if f != "q4_k_m"},
+            uncached=True,
+            options={"backend": "cuda"},
+            device="cuda",
+            tried="from finial.backends import get_backend; get_backend('cuda')",
         ),
         Engine("llama.cpp", "run_llama_cpp.py", "llama_cpp", "llama.cpp", _GGUF),
         Engine(
@@ -156,6 +172,24 @@ ENGINES: Mapping[str, Engine] = {
             {**_CHECKPOINT, "f32": ""},
             slow=True,
             options={"compile": True},
+        ),
+        *(
+            Engine(
+                f"transformers {name}",
+                "run_transformers.py",
+                "transformers",
+                "transformers",
+                {**_CHECKPOINT, "f32": ""},
+                uncached=not options,
+                options={"device": device, **options},
+                device=device,
+                tried=_TORCH.format("cuda" if device == "cuda" else "backends.mps"),
+            )
+            for name, device, options in (
+                ("CUDA", "cuda", {}),
+                ("CUDA compiled", "cuda", {"compile": True}),
+                ("MPS", "mps", {}),
+            )
         ),
         Engine("MLX-LM", "run_mlx.py", "mlx_lm", "mlx", _CHECKPOINT, slow=sys.platform != "darwin"),
         Engine("vLLM", "run_vllm.py", "vllm", "vllm", {**_CHECKPOINT, "f32": ""}),

@@ -27,6 +27,7 @@ class Session:
         options: dict[str, Any] | None = None,
     ) -> None:
         options = {"backend": "cpu", **(options or {})}
+        self.device = "cuda" if options["backend"].startswith("cuda") else "cpu"
         if options["backend"] == "reference":
             threads = None  # type: ignore[assignment]  # NumPy's own
         self.llm = LLM(model, threads=threads, max_context=context, max_batch=sequences, cache=cache, **options)
