@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from finial.backends.cuda.mega import table
 from finial.backends.cuda.mega.check import check
+from finial.backends.cuda.mega.ring_check import Ring, check_ring
 from finial.backends.cuda.mega.shape import MegaShape, Unsuited
 from finial.backends.cuda.mega.table import (
     ATTEND,
@@ -292,6 +293,25 @@ def test_a_buffer_that_is_not_double_is_found() -> None:
     idle = SHAPES["idle"]
     assert any("candidates" in finding.text for finding in check(idle, parities=1))
     assert check(idle, parities=2) == []
+
+
+RING_FAULTS = {
+    "a slot is free when all but one gave it back": (Ring(arrivals=1), "a stage is overwritten"),
+    "the producer does not wait": (Ring(producer_waits=False), "a stage is overwritten"),
+    "who needs nothing of a stage gives it back at once": (Ring(all_wait=False), "a stage is overwritten"),
+    "always the same parity": (Ring(parity_flips=False), "a stage is read before it is there"),
+}
+
+
+@pytest.mark.parametrize("stages, warps", [(1, 2), (2, 3), (3, 2), (4, 2)])
+def test_no_stage_of_the_ring_is_overwritten_or_read_early(stages: int, warps: int) -> None:
+    assert check_ring(Ring(stages, warps, 3 * stages + 1)) == ()
+
+
+@pytest.mark.parametrize("fault", RING_FAULTS)
+def test_faults_of_the_ring_are_found(fault: str) -> None:
+    ring, expected = RING_FAULTS[fault]
+    assert any(finding.text.startswith(expected) for finding in check_ring(ring))
 
 
 def test_a_finding_says_who_and_where() -> None:

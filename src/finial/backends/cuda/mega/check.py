@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from finial.backends.cuda.mega import table
 from finial.backends.cuda.mega.events import IDLE, MERGE, Events, Finding, Ints, Mask, live_entries
+from finial.backends.cuda.mega.ring_check import check_ring
 from finial.backends.cuda.mega.table import (
     ATTEND,
     COUNT,
@@ -60,7 +61,7 @@ def check(plan: Plan, *, steps: int = 3, parities: int = 2, active: Ints | None 
         steps: that are looked at; a buffer of two parities is used again after two.
         parities: of the buffers between the end of a step and the next (candidates and tokens); the kernel has two.
     """
-    findings = list(_ring(plan))
+    findings = [*check_ring(), *_ring(plan)]
     malformed = list(_entries(plan))
     if malformed:
         return findings + malformed
