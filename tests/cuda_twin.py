@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from finial.errors import BackendError
 
 HERE = Path(__file__).parent / "cuda"
 CXX = shutil.which("g++")
+TOGETHER = 24  # kernels of a library: many are compiled in parts, side by side
 FUNCTIONS: dict[Kernel, Any] = {}  # of all libraries loaded
 BASE = 0x10_0000_0000  # where arenas begin: inside what ThreadSanitizer leaves to a program
 ADDRESS_BASE = 0x2000_0000_0000  # what AddressSanitizer leaves
@@ -193,9 +195,14 @@ class TwinDevice:
 
     def preload(self, kernels: Iterable[Kernel]) -> None:
         missing = sorted(set(kernels) - FUNCTIONS.keys(), key=lambda kernel: kernel.name)
-        if missing:
-            library = ctypes.CDLL(str(compile_twin(missing)))
-            for kernel in missing:
+        if not missing:
+            return
+        parts = [missing[at : at + TOGETHER] for at in range(0, len(missing), TOGETHER)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            libraries = list(pool.map(compile_twin, parts))
+        for part, path in zip(parts, libraries, strict=True):
+            library = ctypes.CDLL(str(path))
+            for kernel in part:
                 function = getattr(library, kernel.name)
                 function.argtypes = [ctypes.c_uint32] * 4 + [ctypes.c_uint64, ctypes.c_uint32, ctypes.c_char_p]
                 function.restype = None

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -83,19 +87,36 @@ KERNELS: dict[str, tuple[Kernel, int]] = {
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_compiles_within_limits(capability: int) -> None:
+def fitting(capability: int) -> dict[str, tuple[Kernel, int]]:
     """All of them for 9.0 and 7.5, in turn a third for each other architecture: minutes, otherwise."""
     turn = CAPABILITIES.index(capability)
-    fitting = {
+    return {
         name: row
         for at, (name, row) in enumerate(KERNELS.items())
         if row[0].least_arch <= capability and (capability in (75, 90) or at % 3 == turn % 3)
     }
-    cubin, log = compile_kernels([kernel for kernel, _ in fitting.values()], ARCHITECTURES[capability])
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> Iterator[Callable[[int], tuple[bytes, str]]]:
+    """What the compiler made for an architecture; all that the selected tests want is under way at the same time."""
+    wanted = {item.callspec.params.get("capability") for item in request.session.items if hasattr(item, "callspec")}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        under_way = {
+            capability: pool.submit(
+                compile_kernels, [kernel for kernel, _ in fitting(capability).values()], ARCHITECTURES[capability]
+            )
+            for capability in sorted(wanted & set(CAPABILITIES), key=lambda capability: capability not in (75, 90))
+        }
+        yield lambda capability: under_way[capability].result()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_compiles_within_limits(capability: int, compiled: Callable[[int], tuple[bytes, str]]) -> None:
+    cubin, log = compiled(capability)
     assert cubin[:4] == b"\x7fELF"
     over = {}
-    for name, (kernel, registers) in fitting.items():
+    for name, (kernel, registers) in fitting(capability).items():
         used = usage(log, kernel)
         shared = used.shared + kernel.shared
         if used.stack or used.spill_bytes or used.registers > registers or shared > SHARED.get(capability, MOST_SHARED):
@@ -120,6 +141,17 @@ def test_cubins_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         patch.setattr(compiler, "sources_digest", lambda: "changed")
         with pytest.raises(AssertionError):
             compiler.cubins([kernel], "sm_80", tmp_path)  # and so are other sources
+
+
+def test_several_threads_may_be_the_first_to_compile(tmp_path: Path) -> None:
+    """In a fresh process, as when a model is opened: the compiler's package must not be met half-imported."""
+    code = (
+        "import sys; from pathlib import Path; from finial.backends.cuda import compiler, kernels;"
+        "made = compiler.cubins([kernels.pointwise(op) for op in ('add', 'silu_mul')], 'sm_80', Path(sys.argv[1]));"
+        "assert len(made) == 2"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_cubins_without_a_place_to_keep_them(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import io
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ ARCHITECTURES = {
     103: "sm_103a",
     120: "sm_120",
 }
+_IMPORTING = threading.Lock()  # the package meets itself half-imported when two threads import it at once
 INSTALL = 'pip install "finial[cuda]"'
 
 
@@ -158,10 +160,11 @@ def _write(path: Path, data: bytes) -> None:
 
 def _core() -> Any:
     try:
-        import cuda.core as core
+        with _IMPORTING:
+            import cuda.core as core
 
-        if not hasattr(core, "Program"):  # before 0.5 everything was experimental
-            import cuda.core.experimental as core
+            if not hasattr(core, "Program"):  # before 0.5 everything was experimental
+                import cuda.core.experimental as core
     except ImportError as error:
         raise BackendError(f"the cuda backend needs the package cuda-core ({error})", fix=INSTALL) from error
     return core
