@@ -94,14 +94,44 @@ def test_greedy_text_is_the_references(
 
 
 def test_seeds_and_stop_tokens_mean_the_same(load: Load, reference: Callable[..., list[list[int]]]) -> None:
+    """Three rows, so that the bucket of four has one that does nothing; of which one ends in the middle of a launch."""
     llm, device = load("mega")
+    prompts = [[5, 6, 7], [9, 3, 30], [31, 8]]
     sampling = {"max_tokens": 12, "temperature": 0.8, "top_p": 0.9, "seed": 11, "ignore_eos": True}
-    expected = reference("qwen3", PROMPTS, **sampling)
-    assert texts(llm, PROMPTS, **sampling) == expected
-    stop = expected[0][5]  # ends the first row in the middle of a launch
-    ended = {**sampling, "stop_ids": [stop]}
-    assert texts(llm, PROMPTS, **ended) == reference("qwen3", PROMPTS, **ended)
+    expected = reference("qwen3", prompts, **sampling)
+    assert texts(llm, prompts, **sampling) == expected
+    assert "decoding up to 4 rows by megakernel, as FINIAL_CUDA says" in llm.notes
+    ended = {**sampling, "stop_ids": [expected[0][5]]}
+    assert texts(llm, prompts, **ended) == reference("qwen3", prompts, **ended)
     assert "mega" in device.templates
+
+
+def test_a_run_that_is_left_changes_nothing_for_the_next(load: Load, reference: Callable[..., list[list[int]]]) -> None:
+    """Launches are under way when the reader goes; what they wrote is written again."""
+    llm, device = load("mega")
+    sampling = {"max_tokens": 21, "temperature": 0.0, "ignore_eos": True}
+    (expected,) = reference("qwen3", PROMPTS[:1], **sampling)
+    stream = llm.stream(PROMPTS[0], **sampling)
+    for taken, _ in enumerate(stream):
+        if taken == 4:
+            break
+    stream.close()
+    assert "mega" in device.templates
+    assert texts(llm, [PROMPTS[0], PROMPTS[0] + expected[:4]], **sampling | {"max_tokens": 9}) == [
+        expected[:9],
+        expected[4:13],
+    ]
+
+
+def test_a_table_that_is_wrong_does_not_run(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*given: Any, **options: Any) -> table.Plan:
+        made = make_plan(*given, **options)
+        made.table[0, 1, table.WAIT] = -1
+        return made
+
+    monkeypatch.setattr(megakernel, "make_plan", wrong)
+    llm, _ = load("auto")
+    assert "its table for this shape and GPU is wrong" in llm.notes[0] and "no order" in llm.notes[0]
 
 
 def test_a_launch_that_gives_up_changes_no_token(

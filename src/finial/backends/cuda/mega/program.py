@@ -23,6 +23,7 @@ from finial.backends.cuda.device import Device, Launch, free_all
 from finial.backends.cuda.feeds import Ints, bucket
 from finial.backends.cuda.kernels import Kernel
 from finial.backends.cuda.mega import table
+from finial.backends.cuda.mega.check import check
 from finial.backends.cuda.mega.shape import Unsuited, recognise
 from finial.backends.cuda.mega.stream import Packer
 from finial.backends.cuda.mega.table import MOST_ROWS, STOPS, Plan, make_plan
@@ -203,9 +204,9 @@ class Mega:
         return address
 
     def plan(self, rows: int, sampled: bool) -> Plan:
-        """Of a bucket of rows.  Raises Unsuited."""
+        """Of a bucket of rows, proven.  Raises Unsuited."""
         if (rows, sampled) not in self._plans:
-            self._plans[rows, sampled] = make_plan(
+            made = make_plan(
                 self.recognised.shape,
                 rows=rows,
                 multiprocessors=self.device.multiprocessors,
@@ -214,6 +215,12 @@ class Mega:
                 warps=self._warps,
                 fused_mlp=self._fused_mlp,
             )
+            findings = check(made)  # what runs is what was checked
+            if findings:
+                raise Unsuited(
+                    f"its table for this shape and GPU is wrong, which is a mistake of ours: {findings[0].text}"
+                )
+            self._plans[rows, sampled] = made
         return self._plans[rows, sampled]
 
     def _fits(self, plan: Plan, page_size: int) -> Kernel:
