@@ -118,7 +118,8 @@ void test_unusual(Report& report, const Kernels* kernels, Format format) {
 }
 
 // Products that share a normalised input, one of them gated by another, to one of them something added: the same bits
-// as one operation after the other. The second weight of a K-quant is of another format than the others.
+// as one operation after the other. The second weight of a K-quant is of another format than the others; what is gated
+// lies panel by panel beside what gates it.
 void test_fused(Report& report, const Kernels* kernels, Format format, int64_t rows, int threads) {
   constexpr int64_t WIDE = 75, NARROW = 34;
   const bool k_quant = info(format).block == 256;
@@ -136,7 +137,9 @@ void test_fused(Report& report, const Kernels* kernels, Format format, int64_t r
     const int n = p.dimension(), in = p.input(n, IN), other = p.input(n, NARROW), out = p.output(n, WIDE),
               sum = p.output(n, NARROW), normal = p.buffer(n, IN, 0), a = p.buffer(n, WIDE, 1),
               b = p.buffer(n, WIDE, 2), c = p.buffer(n, NARROW, 3);
-    const int first = p.weight(w1.linear(), false, nullptr), second = p.weight(w2.linear(), false, nullptr),
+    const Program::Beside with_room{fused == 1, other_format, -1};
+    const int first = p.weight(w1.linear(), false, nullptr, with_room),
+              second = p.weight(w2.linear(), false, nullptr, {false, Format::F32, fused == 1 ? first : -1}),
               third = p.weight(w3.linear(bias.data()), false, nullptr);
     if (fused == 0) {
       p.rms_norm(normal, in, norm.data(), IN, 1e-6f);

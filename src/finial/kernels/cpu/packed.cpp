@@ -12,9 +12,8 @@
 // cache, passes by panel after panel (32 outputs, n_in 1024: 64 KiB in bf16), which is read from there for all but the
 // first tile; where results will go is asked for meanwhile. bf16: 2 loads of weights and 12 broadcasts for 24
 // multiplying instructions. int8: weights of a block stay in registers, 16 multiplying instructions of 18 that share
-// their two ports. Measured on EPYC Genoa against read_bandwidth and peak_flops of the same run: a decode step (bf16,
-// Qwen3-0.6B's shape, 2 cores, depth 32) reads 96 to 97 % of the bandwidth at its best (77 to 88 % median beside other
-// work). 512 rows on one core, n_in x n_out, of 236 GFLOP/s in bf16 and 473 in int8:
+// their two ports. What a decode step reads of the bandwidth is in docs/cpu.md. Measured on EPYC Genoa against
+// peak_flops of the same run: 512 rows on one core, n_in x n_out, of 236 GFLOP/s in bf16 and 473 in int8:
 //   1024 x 6144  bf16 222, q8_0 354, q4_0 372      1024 x 1024  bf16 228, q8_0 379, q4_0 381
 //   3072 x 1024  bf16 229, q8_0 381, q4_0 387
 // and rounding their rows takes 1.7 to 2.7 % (bf16) and 3.4 to 5 % (int8) of the time of 1024 outputs.

@@ -1,6 +1,7 @@
 // Packed weights: a matrix rearranged once into the order in which products read it.
 //
-// A panel is PANEL outputs over all of n_in; panels follow each other, the last one filled up with zeros. Within it:
+// A panel is PANEL outputs over all of n_in; panels follow each other, the last one filled up with zeros, or take turns
+// with those of the matrix that theirs gates (Linear::stride). Within it:
 //   bf16  [n_in / 2][PANEL][2]: a pair of inputs of 32 outputs is 128 bytes (an odd n_in ends in a zero)
 //   q8_0  [n_in / 32] blocks of 1088 bytes: f16 scales [PANEL], then bytes [8][PANEL][4], four inputs each
 //   q4_0  [n_in / 32] blocks of  576 bytes: f16 scales [PANEL], then bytes [4][PANEL][4], low nibbles inputs 4j..4j+3,

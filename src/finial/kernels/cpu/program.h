@@ -221,6 +221,8 @@ class Program {
   void execute(const Instruction& i, const Step& step, int thread);
   Run share_of(const Linears& p, int thread) const;
   void announce(const Instruction& i, int thread);
+  void announce(const Instruction& i, int thread, const Range& units);
+  bool take(const Instruction& i, int thread, int64_t group, int64_t least, int& other, Range& got);
   uint64_t number(const Instruction& i) const;
   void multiply_units(const Linears& p, const Step& step, const uint8_t* x, int64_t begin, int64_t end,
                       uint8_t* scratch);

@@ -8,36 +8,15 @@
 #include <string>
 
 #include "packed.h"
-#include "program.h"
+#include "step.h"
 
 namespace finial {
-
-struct Program::Step {
-  const std::vector<int64_t>& sizes;
-  const std::vector<IntArray>& ints;
-  const State& state;
-  std::vector<float*> buffers;  // by buffer
-  std::vector<float*> tables;   // by rope table: cos [rows, half], then sin
-  uint8_t* rounded[3] = {};     // by rounding: rows shared by all threads
-  float* scratch = nullptr;
-  int64_t scratch_stride = 0;             // floats per thread
-  std::vector<const int32_t*> sequences;  // by sequence map
-
-  int64_t rows(const Buffer& b) const { return sizes[static_cast<size_t>(b.dimension)]; }
-  const IntArray& input(int index) const { return ints[static_cast<size_t>(index)]; }
-};
 
 namespace {
 
 [[noreturn]] void reject(const std::string& message) { throw std::invalid_argument(message); }
 
-int64_t rounded(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
-
 using Clock = std::chrono::steady_clock;
-
-constexpr int64_t GROUP_BYTES = int64_t{640}
-                                << 10;  // of rounded rows: with two panels they fit a second-level cache of 1 MiB
-constexpr int64_t AHEAD = int64_t{256} << 10;  // of weights asked for by who waits: a part of a second-level cache
 
 }  // namespace
 
@@ -254,48 +233,6 @@ void Program::run(const std::vector<int64_t>& sizes, const std::vector<IntArray>
   });
 }
 
-// The barrier in front of an instruction. Between products of few rows memory would stand idle: who waits asks for the
-// beginning of its share of the next one.
-void Program::wait(size_t at, const Step& step, int thread, Run& next) {
-  if (at == 0 || code_[at - 1].op == Op::Linears) {
-    next = {nullptr, nullptr};
-    const size_t ahead = ahead_[at];
-    if (ahead < code_.size()) {
-      const Linears& p = linears_[static_cast<size_t>(code_[ahead].linears)];
-      if (step.rows(buffers_[static_cast<size_t>(p.x)]) <= TILE) next = share_of(p, thread);
-    }
-  }
-  if (!code_[at].barrier) return;
-  if (code_[at].op == Op::Linears) announce(code_[at], thread);
-  pool_->barrier(&next);
-}
-
-// The beginning of a thread's share of the weights.
-Run Program::share_of(const Linears& p, int thread) const {
-  int64_t begin = p.edges[static_cast<size_t>(thread)], end = p.edges[static_cast<size_t>(thread) + 1];
-  for (const Linears::Member& m : p.members) {
-    if (begin < m.units && begin < end) {
-      const finial::Linear& l = weights_[static_cast<size_t>(m.weight)];
-      const uint8_t* from = l.packed != nullptr ? l.packed + begin * l.stride : l.weight + begin * m.unit;
-      return {from, from + std::min(AHEAD, (std::min(end, m.units) - begin) * m.unit)};
-    }
-    begin -= m.units, end -= m.units;
-  }
-  return {nullptr, nullptr};
-}
-
-uint64_t Program::number(const Instruction& i) const {
-  return (steps_ * code_.size() + static_cast<uint64_t>(&i - code_.data())) << 48;
-}
-
-// From now on others may take units of this thread's share.
-void Program::announce(const Instruction& i, int thread) {
-  const Linears& p = linears_[static_cast<size_t>(i.linears)];
-  const auto edge = [&](int t) { return static_cast<uint64_t>(p.edges[static_cast<size_t>(t)]); };
-  left_[static_cast<size_t>(thread)].range.store(number(i) | edge(thread) << 24 | edge(thread + 1),
-                                                 std::memory_order_relaxed);
-}
-
 void Program::profile(bool on) {
   static const char* const NAMES[] = {"rope table",  "embed",     "linear",   "norm", "rope",
                                       "cache write", "attention", "silu mul", "add",  "select"};
@@ -330,118 +267,6 @@ void Program::profile(bool on) {
 std::vector<Timing> Program::timings() {
   std::lock_guard<std::mutex> lock(running_);
   return timings_;
-}
-
-// The input of products as they take it: normalised, rounded. Few rows: every thread makes its own, which is cheaper
-// than to wait for another. `scratch` moves behind what this takes of it.
-const uint8_t* Program::prepare(const Linears& p, const Step& step, int64_t rows, int thread, uint8_t*& scratch) {
-  const int64_t width = buffers_[static_cast<size_t>(p.x)].width, bytes = rounded_bytes(p.rounding, width);
-  const float* x = step.buffers[static_cast<size_t>(p.x)];
-  if (p.rounding == Rounding::None && p.norm == nullptr) return reinterpret_cast<const uint8_t*>(x);
-  const bool shared = rows > TILE;
-  uint8_t* out = shared ? step.rounded[static_cast<int>(p.rounding)] : scratch;
-  scratch += TILE * rounded(bytes, 64);
-  float* normal = reinterpret_cast<float*>(scratch);
-  scratch += rounded(TILE * width, LINE) * 4;
-  const int64_t count = tiles(rows);
-  const Range part = shared ? share(count, thread, pool_->threads()) : Range{0, count};
-  for (int64_t tile = part.begin; tile < part.end; ++tile) {
-    const int64_t first = rows * tile / count, size = rows * (tile + 1) / count - first;
-    const float* from = x + first * width;
-    if (p.norm != nullptr) {
-      float* y = p.rounding == Rounding::None ? reinterpret_cast<float*>(out + first * bytes) : normal;
-      for (int64_t r = 0; r < size; ++r) kernels_->rms_norm(from + r * width, p.norm, y + r * width, width, p.eps);
-      from = y;
-    }
-    if (p.rounding != Rounding::None) kernels_->round(p.rounding, from, width, size, out + first * bytes);
-  }
-  if (shared) pool_->barrier();
-  return out;
-}
-
-// Few rows: every thread has an equal part of the bytes of the weights, one contiguous run of each matrix, and takes
-// from its beginning; who is done helps others from their end. What is taken at once gets smaller towards the end.
-void Program::multiply_few(const Instruction& i, const Step& step, int thread) {
-  const Linears& p = linears_[static_cast<size_t>(i.linears)];
-  const int64_t rows = step.rows(buffers_[static_cast<size_t>(p.x)]);
-  const uint64_t least = rows > TILE ? 4 : 1;
-  uint8_t* scratch = reinterpret_cast<uint8_t*>(step.scratch + thread * step.scratch_stride);
-  if (!i.barrier) announce(i, thread);
-  const uint8_t* x = prepare(p, step, rows, thread, scratch);
-  const int threads = pool_->threads();
-  for (int other = 0; other < threads; ++other) {
-    std::atomic<uint64_t>& left = left_[static_cast<size_t>((thread + other) % threads)].range;
-    for (uint64_t now = left.load(std::memory_order_relaxed);;) {
-      constexpr uint64_t UNIT = MOST_UNITS - 1;
-      const uint64_t begin = now >> 24 & UNIT, end = now & UNIT;
-      if ((now ^ number(i)) >> 48 != 0 || begin >= end) break;
-      const uint64_t some = std::min(end - begin, std::max((end - begin) / 4, least));
-      if (!left.compare_exchange_weak(now, other == 0 ? now + (some << 24) : now - some, std::memory_order_relaxed))
-        continue;
-      const uint64_t first = other == 0 ? begin : end - some;
-      multiply_units(p, step, x, static_cast<int64_t>(first), static_cast<int64_t>(first + some), scratch);
-      now = left.load(std::memory_order_relaxed);
-    }
-  }
-}
-
-// Many rows: threads take panels as they come free, for a group of tiles after the other, so that its rounded rows stay
-// in the second-level cache; what they take gets smaller towards the end.
-void Program::multiply_many(const Instruction& i, const Step& step, int thread) {
-  const Linears& p = linears_[static_cast<size_t>(i.linears)];
-  const int64_t rows = step.rows(buffers_[static_cast<size_t>(p.x)]);
-  std::atomic<int64_t>& next = next_[static_cast<size_t>(&i - code_.data())];
-  uint8_t* scratch = reinterpret_cast<uint8_t*>(step.scratch + thread * step.scratch_stride);
-  const uint8_t* x = prepare(p, step, rows, thread, scratch);
-  const auto at = [&](int buffer) { return buffer < 0 ? nullptr : step.buffers[static_cast<size_t>(buffer)]; };
-  const auto matrix = [&](int index) { return index < 0 ? nullptr : &weights_[static_cast<size_t>(index)]; };
-  const int64_t row = rounded_bytes(p.rounding, buffers_[static_cast<size_t>(p.x)].width), count = tiles(rows),
-                most = std::clamp<int64_t>(GROUP_BYTES / (TILE * row), 1, GROUP), groups = (count + most - 1) / most;
-  const int64_t together = p.edges.back(), all = groups * together;
-  for (;;) {
-    int64_t from = next.load(std::memory_order_relaxed), to;
-    do {
-      if (from >= all) return;
-      to = from + std::max<int64_t>((all - from) / (4 * pool_->threads()), 1);
-      to = std::min(to, (from / together + 1) * together);
-    } while (!next.compare_exchange_weak(from, to, std::memory_order_relaxed));
-    const int64_t group = from / together;
-    int64_t before = group * together;
-    for (const Linears::Member& m : p.members) {
-      const int64_t begin = std::max<int64_t>(from - before, 0), end = std::min(to - before, m.units);
-      if (begin < end)
-        kernels_->multiply({matrix(m.weight), matrix(m.second), x, at(m.add), at(m.out), rows, count * group / groups,
-                            count * (group + 1) / groups},
-                           begin, end);
-      before += m.units;
-    }
-  }
-}
-
-// Units [begin, end) of products of few rows, counted over all members.
-void Program::multiply_units(const Linears& p, const Step& step, const uint8_t* x, int64_t begin, int64_t end,
-                             uint8_t* scratch) {
-  const auto at = [&](int buffer) { return buffer < 0 ? nullptr : step.buffers[static_cast<size_t>(buffer)]; };
-  const int64_t rows = step.rows(buffers_[static_cast<size_t>(p.x)]);
-  for (const Linears::Member& m : p.members) {
-    const finial::Linear& l = weights_[static_cast<size_t>(m.weight)];
-    const int64_t from = std::max<int64_t>(begin, 0), to = std::min(end, m.units);
-    begin -= m.units, end -= m.units;
-    if (from >= to) continue;
-    const float* add = at(m.add);
-    if (p.rounding != Rounding::None) {
-      const finial::Linear* second = m.second < 0 ? nullptr : &weights_[static_cast<size_t>(m.second)];
-      kernels_->multiply({&l, second, x, add, at(m.out), rows, 0, 1}, from, to);
-      continue;
-    }
-    const int64_t first = from * LINE, last = std::min(to * LINE, l.n_out);
-    kernels_->linear(l, reinterpret_cast<const float*>(x), at(m.out), rows, first, last,
-                     reinterpret_cast<float*>(scratch));
-    for (int64_t t = 0; t < rows && add != nullptr; ++t) {
-      float* y = at(m.out) + t * l.n_out + first;
-      kernels_->add(add + t * l.n_out + first, y, y, last - first);
-    }
-  }
 }
 
 void Program::execute(const Instruction& i, const Step& step, int thread) {
