@@ -66,7 +66,7 @@ def test_op_table(monkeypatch: pytest.MonkeyPatch, isa: str, case: test_ops.Case
 
 
 @on_every_isa
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", CpuBackend.formats)
 def test_weights_decode_to_the_bit(isa: str, format: str) -> None:
     """Through embed, and through linear with one input of 127, which every rounding of activations leaves as it is.
 
@@ -194,7 +194,7 @@ def test_q8_0_cache_is_rounded_as_the_format_says(isa: str) -> None:
 
 
 @on_every_isa
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", CpuBackend.formats)
 @pytest.mark.parametrize("n_in", [256, 768, 2049])
 def test_a_row_of_linear_is_the_same_in_any_company(isa: str, format: str, n_in: int) -> None:
     n_in -= n_in % FORMATS[format].block
