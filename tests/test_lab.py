@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -24,10 +25,11 @@ from finial.lab.checks import check, value
 from finial.lab.engines.setup import SetupError, make_file, missing
 from finial.lab.engines.table import ADAPTERS, ENGINES, Engine, Places, make_command
 from finial.lab.estimate import estimate
+from finial.lab.probes.memory import MemoryProbe
 from finial.lab.record import SCHEMA, Cell, Reading, Record, Row, Sample, schema
 from finial.lab.report.markdown import render
 from finial.lab.roofline import Floor, peak_for
-from finial.lab.runner import Runner
+from finial.lab.runner import Runner, held
 from finial.lab.statistics import exponent, median_interval, paired_ratio, spread, unpaired_ratio
 from finial.lab.verdicts import Judge
 from finial.lab.worker import Worker, WorkerError
@@ -388,6 +390,21 @@ def test_failures_are_rows_with_their_reason_and_without_a_number(bench: Bench) 
     assert all(reason in page for _, _, reason in faults.values()) and "failed (1)" in page and "invalid (" in page
 
 
+def test_what_must_be_killed_is_a_row_and_the_run_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("memory is watched through /proc")
+    monkeypatch.setattr(runner, "RUN_S", 2.0)
+    faults = {"hang": "within 2 s", "leak": "limit of 0.30 GB", "flood": "beside its answers", "no answer": "is none"}
+    engines = [bench.engine(fault.replace(" ", "_"), fault=fault, since=1) for fault in faults]
+    record = bench.run([*engines, bench.engine("finial")], (DECODE, PROMPT), memory_bytes=300_000_000)
+    for cell in record.cells.values():
+        assert cell.engines["finial"].status == "ok" and len(cell.engines["finial"].samples) == 3
+    rows = record.cells["demo/stored/2/decode"].engines
+    for fault, reason in faults.items():
+        row = rows[fault.replace(" ", "_")]
+        assert (row.status, row.samples) == ("failed", []) and reason in row.reason, fault
+
+
 def test_text_that_is_not_the_models_makes_its_rows_invalid(bench: Bench) -> None:
     engines = [
         bench.engine("honest", text=LIAR),
@@ -433,6 +450,23 @@ def test_starts_give_load_time_and_memory(bench: Bench) -> None:
     for name in (LOAD.name, MEMORY.name):
         row = record.cells[f"demo/stored/2/{name}"].engines["other"]
         assert len(row.samples) == 2 and all(v > 0 for v in row.values)
+        assert row.memory is not None and (row.memory["peak_bytes"] or 0) > 1e6
+
+
+def test_memory_is_the_trees_and_the_rest_is_workspace() -> None:
+    """What an engine's children hold is its own; a server's adapter is not the server."""
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', \"x = b'x' * (200 << 20); input()\"])"
+    process = subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 30
+        while (MemoryProbe(process.pid).now() or 0) < 200e6 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        found = held({"peak_bytes": 9_000_000, "weight_bytes": 100_000_000, "kv_bytes": 1}, MemoryProbe(process.pid))
+        peak = found["peak_bytes"] or 0
+        assert peak > 200e6 and found["workspace_bytes"] == peak - 100_000_001
+        assert held({"peak_bytes": None}, MemoryProbe(process.pid)) == {}
+    finally:
+        process.communicate(b"\n")
 
 
 def test_a_run_resumes_where_it_stopped(bench: Bench) -> None:

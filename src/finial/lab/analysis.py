@@ -133,6 +133,17 @@ def peak_bytes(cell: Cell, name: str) -> int | None:
     return row.memory.get("peak_bytes")
 
 
+def memory(cells: Sequence[Cell]) -> dict[str, dict[str, int]]:
+    """By engine: what it held at most over some cells, in bytes: "peak", "device_peak", "weight", "kv", "workspace"."""
+    found: dict[str, dict[str, int]] = {}
+    for cell in cells:
+        for name, row in measured(cell).items():
+            told = {key.removesuffix("_bytes"): value for key, value in (row.memory or {}).items() if value is not None}
+            if told.get("peak", 0) > found.get(name, {}).get("peak", -1):
+                found[name] = told
+    return found
+
+
 def energy(data: Data, cell: Cell, name: str) -> Cost | None:
     """Joules per token of a row, gross and net of both idles; None where it has no number or there is no counter."""
     row = measured(cell).get(name)

@@ -25,6 +25,7 @@ from finial.lab.engines.setup import SetupError, make_file, missing
 from finial.lab.engines.table import Engine, Places
 from finial.lab.limits import taken_seconds
 from finial.lab.probes.energy import Meter, idle
+from finial.lab.probes.memory import MemoryProbe, parts
 from finial.lab.record import Cell, Data, Energy, Reading, Record, Row, Sample, Verdict
 from finial.lab.roofline import Floor
 from finial.lab.verdicts import Judge
@@ -114,6 +115,7 @@ class Runner:
         self._failed: dict[str, str] = {}  # engine or subject -> why it is out of this group
         self._replies: dict[str, dict[str, Any]] = {}  # its answer to load
         self._files: dict[str, Path] = {}
+        self._watching: dict[str, MemoryProbe] = {}
         self._reading: Reading | None = None
 
     def group(self, group: Group, judge: Judge | None = None) -> None:
@@ -194,8 +196,12 @@ class Runner:
             self._failed[engine.name] = reason
             self._say(f"{engine.name} {group.format}: {reason}")
 
-    def _start(self, subject: Subject, group: Group, context: int) -> None:
-        """A loaded process, or the reason why there is none."""
+    def _start(self, subject: Subject, group: Group, context: int, watched: bool = False) -> None:
+        """A loaded process, or the reason why there is none.
+
+        Args:
+            watched: sample what it and its devices hold, from before it loads; that takes processor time.
+        """
         engine = subject.engine
         if engine.name in self._failed:
             self._failed[subject.name] = self._failed[engine.name]
@@ -206,6 +212,8 @@ class Runner:
         except WorkerError as error:
             self._failed[subject.name] = str(error)
             return
+        if watched:
+            self._watching[subject.name] = MemoryProbe(worker.pid).__enter__()
         try:
             self._replies[subject.name] = worker.ask(
                 "load",
@@ -230,17 +238,21 @@ class Runner:
         unknown: dict[str, WorkerError] = {}
         for round in range(group.starts):
             for order, subject in enumerate(self._shuffled(subjects)):
-                self._start(subject, group, 512)
-                worker = self._workers.pop(subject.name, None)
+                self._start(subject, group, 512, watched=True)
+                worker, probe = self._workers.pop(subject.name, None), self._watching.pop(subject.name, None)
                 if worker is None:
+                    if probe is not None:
+                        probe.__exit__(None, None, None)
                     continue
+                assert probe is not None
                 try:
                     worker.ask("run", RUN_S, prompts=prompts(MEMORY, vocab_size, round), new=MEMORY.new, keep=False)
-                    told = worker.ask("memory", RUN_S)
+                    told = held(worker.ask("memory", RUN_S), probe)
                 except WorkerError as error:
                     self._failed[subject.name] = str(error)
                     continue
                 finally:
+                    probe.__exit__(None, None, None)
                     worker.close()
                 for kind, number in (("load", self._replies[subject.name]["load_s"]), ("memory", told["peak_bytes"])):
                     if not number:
@@ -248,7 +260,7 @@ class Runner:
                         continue
                     row = cells[kind].engines[subject.name]
                     row.samples.append(Sample(round, order, float(number)))
-                    row.memory = {name: told[name] for name in told if name.endswith("_bytes")}
+                    row.memory = told
         for workload in (LOAD, MEMORY):
             self._finish(group, workload, cells[workload.kind], subjects, unknown if workload is MEMORY else {})
 
@@ -453,7 +465,23 @@ class Runner:
             told = worker.ask("memory", RUN_S)
         except WorkerError:
             return None  # it keeps its numbers: what it held is a remark beside them
-        return {name: told[name] for name in told if name.endswith("_bytes")}
+        return held(told, MemoryProbe(worker.pid))
+
+
+def held(told: dict[str, Any], probe: MemoryProbe) -> dict[str, int | None]:
+    """What an engine said of its memory, and what its processes are seen to hold; the rest of a peak is workspace."""
+    probe.sample()
+    seen = probe.peak()
+    found: dict[str, int | None] = {name: told[name] for name in told if name.endswith("_bytes")}
+    # Nobody says what a server's processes hold: its adapter's are not it.
+    if found.get("peak_bytes") and seen.process_bytes is not None:
+        found["peak_bytes"] = max(found["peak_bytes"] or 0, seen.process_bytes)
+    if found.get("device_peak_bytes") is None and seen.device_bytes:
+        found["device_peak_bytes"] = seen.device_bytes
+    on = found.get("device_peak_bytes") or found.get("peak_bytes")
+    if found.get("workspace_bytes") is None:
+        found["workspace_bytes"] = parts(on, found.get("weight_bytes"), found.get("kv_bytes")).workspace_bytes
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def cells_of(data: Data, group: Group) -> list[Cell]:

@@ -14,12 +14,13 @@ from statistics import median
 from typing import Any
 
 from finial import __version__
-from finial.lab.analysis import DISTURBED, disturbances, energy_line, machine_line, precision_labels, readings
+from finial.lab.analysis import DISTURBED, disturbances, energy_line, machine_line, memory, precision_labels, readings
 from finial.lab.answer import answer
 from finial.lab.open_loop import summary
 from finial.lab.quality import BASES
-from finial.lab.record import Data, Verdict
+from finial.lab.record import Cell, Data, Verdict
 from finial.lab.report.charts import pictures
+from finial.lab.report.markdown import MEMORY
 from finial.lab.report.results import Result, Study, best, joules, number, ours, percent, ratio, title
 from finial.lab.report.theme import DARK_SERIES, LIGHT_SERIES, PAGE, inline
 
@@ -37,6 +38,7 @@ def page(records: Sequence[Data], heading: str = "Benchmark") -> str:
     template = environment.from_string((resources.files(__package__) / "page.html").read_text(encoding="utf-8"))
     return template.render(
         version=__version__,
+        memory_names=list(MEMORY.values()),
         heading=heading,
         answers=[_answer(label, data, study.many) for label, data in study.records.items() if data.cells],
         light=LIGHT_SERIES,
@@ -75,6 +77,7 @@ def _group(index: int, heading: str, cells: Sequence[Sequence[Result]]) -> dict[
         "engines": engines,
         "lines": [_line(cell, engines) for cell in cells],
         "served": [_served(result) for result in results if result.ok and result.cell.workload.kind == "serve"],
+        "memory": _memory([cell[0].cell for cell in cells]),
         "energy": [_energy(result) for result in results if result.energy is not None],
         "verdicts": list(dict.fromkeys(f"{r.engine}: {verdict_words(r.verdict)}" for r in results if r.ok)),
         "failures": list(
@@ -122,6 +125,13 @@ def _served(result: Result) -> dict[str, Any]:
         "waiting": found.waiting,
         "failed": ", ".join(f"{count} × {reason}" for reason, count in found.errors.items()) or "0",
     }
+
+
+def _memory(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    return [
+        {"engine": name, "figures": [f"{told[key] / 1e6:,.1f}" if key in told else "–" for key in MEMORY]}
+        for name, told in memory(cells).items()
+    ]
 
 
 def _energy(result: Result) -> dict[str, str]:

@@ -22,6 +22,7 @@ from finial.lab.analysis import (
     limit,
     machine_line,
     measured,
+    memory,
     ours,
     precision_labels,
     ratio,
@@ -45,6 +46,7 @@ def render(data: Data, title: str = "Benchmark") -> str:
             *_latencies(cells),
             *_served(data, cells),
             *_growth(cells),
+            *_memory(cells),
             *_energy(data, cells),
             *_verdicts(data, model, format),
             "",
@@ -189,6 +191,21 @@ def _growth(cells: list[Cell]) -> Iterator[str]:
                     f"- {name}: the time of a step grows as depth^{p.median:.2f} [{p.low:.2f}, {p.high:.2f}] over "
                     f"{found.points} depths"
                 )
+    yield ""
+
+
+MEMORY = {"peak": "peak", "weight": "weights", "kv": "KV cache", "workspace": "workspace", "device_peak": "device peak"}
+
+
+def _memory(cells: list[Cell]) -> Iterator[str]:
+    found = memory(cells)
+    if not found:
+        return
+    yield f"| memory, MB | {' | '.join(MEMORY.values())} |"
+    yield "|---" * (len(MEMORY) + 1) + "|"
+    for name, told in found.items():
+        figures = [f"{told[key] / 1e6:,.1f}" if key in told else "–" for key in MEMORY]
+        yield f"| {name} | {' | '.join(figures)} |"
     yield ""
 
 
