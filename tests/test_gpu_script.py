@@ -20,8 +20,8 @@ if shutil.which("g++") is None:
     assert os.environ.get("CI") != "true", "no g++: see .ci/run"
     pytest.skip("no g++ here; install it to run the CUDA kernels on the CPU", allow_module_level=True)
 
-# The whole suite runs the tests that these two run; they and building a second model take most of the time.
-LEFT_OUT = {"models", "transformers"}
+# What they run, the suite runs elsewhere too, and they take most of the time.
+LEFT_OUT = {"models", "transformers", "megakernel"}
 
 
 @pytest.mark.timeout(400)  # a minute when the machine has nothing else to do
