@@ -14,7 +14,7 @@ from benchmarks.gpu import mega
 
 import models
 from cuda_twin import CXX, TwinDevice
-from finial.backends.cuda import driver
+from finial.backends.cuda import driver, run_feeds
 from finial.backends.cuda.device import Launch
 from finial.backends.cuda.mega import program as megakernel
 from finial.backends.cuda.mega import table
@@ -53,11 +53,15 @@ Load = Callable[..., tuple[LLM, TwinDevice]]
 def load(saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Load:
     """An LLM on a twin whose blocks are at work at once, and that twin."""
 
-    def of(way: str, name: str = "qwen3", *, refuses: str = "", **options: Any) -> tuple[LLM, TwinDevice]:
+    def of(
+        way: str, name: str = "qwen3", *, refuses: str = "", limit_s: float = 300.0, **options: Any
+    ) -> tuple[LLM, TwinDevice]:
+        monkeypatch.setattr(megakernel, "LIMIT_NS", int(limit_s * 1e9))  # a busy machine may stand still for long
         device = TwinDevice(multiprocessors=3, refuses_waiting=refuses)
         monkeypatch.setattr(driver, "open_device", lambda index=0: device)
         monkeypatch.setenv(VARIABLE, way)
         monkeypatch.setattr(runs, "AHEAD_S", 1e6)  # a step takes long here
+        monkeypatch.setattr(run_feeds, "TRIAL_STEPS", 9)
         options = {"max_context": 96, "max_batch": 4, "kv_format": "f32"} | options
         return LLM(str(saved(name)), backend="cuda", **options), device
 
@@ -141,10 +145,9 @@ def test_a_launch_that_gives_up_changes_no_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A block's wait is made longer than any arrival: the steps before are kept, the graph does the others."""
-    llm, device = load("mega")
+    llm, device = load("mega", limit_s=2.0)
     sampling = {"max_tokens": 30, "temperature": 0.0, "ignore_eos": True}
     expected = reference("qwen3", PROMPTS, **sampling)
-    monkeypatch.setattr(megakernel, "LIMIT_NS", 20_000_000)
     launched = device.launch
     launches: list[int] = []
 
@@ -194,7 +197,7 @@ def test_the_faster_way_is_found_by_trying_both(
 
         def one(rows: int, by_mega: bool) -> Trial:
             found = run(rows, by_mega)
-            assert found.step_s > 0 and found.tokens.shape == (24, rows)
+            assert found.step_s > 0 and found.tokens.shape == (9, rows)
             return Trial(mega_s if by_mega else 1.0, found.tokens if same or not by_mega else found.tokens + 1)
 
         return one

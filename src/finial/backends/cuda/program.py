@@ -264,7 +264,7 @@ class CudaProgram:
 
         def run(rows: int, by_mega: bool) -> Trial:
             vocab = int(self.graph.values[self.graph.outputs[0]].shape[1])
-            feeds, ahead = run_feeds.trial(rows, page_size, vocab)
+            feeds, ahead = run_feeds.trial(rows, page_size, vocab, steps=run_feeds.TRIAL_STEPS)
             state = self.new_state(feeds["pages"].size, page_size)
             for _ in range(2):
                 started = time.perf_counter()

@@ -2,7 +2,7 @@
 
 Knows the meaning of a step's integers; nothing of kernels, launches and memory.
 
-    feeds, ahead = trial(rows=2, page_size=32, vocab=1000)
+    feeds, ahead = trial(rows=2, page_size=32, vocab=1000, steps=8)
     rows, feeds, ahead = rest(feeds, ahead, done=3, last=[5, 6], left=[1, 0], page_size=32)
 """
 
@@ -21,7 +21,7 @@ TRIAL_DEPTH, TRIAL_STEPS = 64, 24
 
 
 def trial(
-    rows: int, page_size: int, vocab: int, *, depth: int = TRIAL_DEPTH, steps: int = TRIAL_STEPS
+    rows: int, page_size: int, vocab: int, *, steps: int, depth: int = TRIAL_DEPTH
 ) -> tuple[dict[str, np.ndarray], Ahead]:
     """Greedy steps of so many rows from position `depth` on, on pages 0, 1, … one row after another."""
     pages = np.arange(rows * -(-(depth + steps) // page_size), dtype=np.int32).reshape(rows, -1)

@@ -136,10 +136,13 @@ class Packer:
         assert tensors[0].format == format, (tensors[0].format, format)
         if format == "bf16":
             return _units(rows, count, k_units, 2 * UNIT_K).reshape(-1)
-        raw = _units(rows, count, k_units, 2 + UNIT_K)  # an f16, then 32 int8
+        raw = _by_unit(rows, count, k_units, 2 + UNIT_K)  # an f16, then 32 int8
         out = np.empty((count, k_units, table.UNIT_BYTES["q8_0"]), np.uint8)
-        out[:, :, : ROWS * UNIT_K] = (raw[:, :, :, 2:] ^ np.uint8(128)).reshape(count, k_units, -1)
-        out[:, :, ROWS * UNIT_K :] = raw[:, :, :, :2].reshape(count, k_units, -1)
+        split = ROWS * UNIT_K
+        weights, scales = (part.reshape(count, k_units, ROWS, -1) for part in (out[:, :, :split], out[:, :, split:]))
+        assert np.shares_memory(weights, out) and np.shares_memory(scales, out)
+        np.bitwise_xor(raw[:, :, :, 2:], np.uint8(128), out=weights)
+        scales[:] = raw[:, :, :, :2]
         return out.reshape(-1)
 
     def _octets(self, layer: int, tensor: Tensor, first: int, count: int) -> Bytes:
@@ -173,8 +176,14 @@ def _rows(tensors: list[Tensor], order: NDArray[np.int64]) -> Bytes:
 
 def _units(rows: Bytes, count: int, k_units: int, width: int) -> Bytes:
     """[rows, bytes] as units of 8 rows of `width` bytes, [count, k_units, 8, width]; zeros where there is nothing."""
+    return np.ascontiguousarray(_by_unit(rows, count, k_units, width))
+
+
+def _by_unit(rows: Bytes, count: int, k_units: int, width: int) -> Bytes:
+    """The same without a copy where there are rows enough."""
     if rows.shape != (count * ROWS, k_units * width):
         padded = np.zeros((count * ROWS, k_units * width), np.uint8)
         padded[: len(rows), : rows.shape[1]] = rows
         rows = padded
-    return np.ascontiguousarray(rows.reshape(count, ROWS, k_units, width).transpose(0, 2, 1, 3))
+    units: Bytes = rows.reshape(count, ROWS, k_units, width).transpose(0, 2, 1, 3)
+    return units
