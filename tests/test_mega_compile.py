@@ -33,7 +33,7 @@ CHOSEN = {
         ("Qwen3-0.6B", "fp8", "q8_0", 8, False, False),
         ("Qwen3-0.6B", "bf16", "bf16", 1, False, True),
     ],
-    100: [("Qwen3-0.6B", "bf16", "bf16", 8, True, False)],
+    100: [("Llama-3.2-1B", "bf16", "bf16", 8, True, True)],
     120: [("Qwen2.5-1.5B", "bf16", "bf16", 1, False, False)],
 }
 

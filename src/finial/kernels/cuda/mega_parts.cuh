@@ -59,7 +59,7 @@ struct Parts {
   FINIAL_DEVICE static constexpr int most(int a, int b) { return a > b ? a : b; }
   FINIAL_DEVICE static constexpr int four(int n) { return round_up(n, 4); }
   // A row of x in shared memory: 64 bytes more than a multiple of 128, so that of 8 lanes no two meet in a bank.
-  static constexpr int KMAX = most(most(D, ATTN), C::F), STRIDE = round_up(KMAX, 64) + 32;
+  static constexpr int KMAX = most(most(D, ATTN), C::MLP ? 0 : C::F), STRIDE = round_up(KMAX, 64) + 32;
   static constexpr int X_BYTES = round_up(ROWS * STRIDE * 2, 128), SUMS = C::WARPS * GA * ROWS * 8;
   static constexpr int CHUNK = 128, SQUARES = ceil_div(D, CHUNK);  // values of a warp's turn when x is read
 

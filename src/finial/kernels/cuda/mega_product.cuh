@@ -296,38 +296,45 @@ struct Product : Parts<C> {
   FINIAL_DEVICE static void down(const MegaArgs& a, const Memory& m, const Entry& entry, int number, Reader& reader) {
     constexpr int OCTET = U::BYTES / 4, GROUPS = ceil_div(D, 8);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int octets = entry.count, turn = P::down_groups(octets) / WARPS, offset = warp * octets * OCTET;
+    const int octets = entry.count, turn = P::down_groups(octets) / WARPS;
     const float* scales = P::CHANNELS ? source(a, entry).scales : nullptr;
     float* y = (float*)m.scratch;  // [B, D]; nobody reads x after the barrier before this
     const u16* own = m.own + g * P::OWN_STRIDE + 2 * t;
-    int stages = 0;
+    const int stride = WARPS * octets * OCTET;
+    int group = warp;
 #pragma unroll 1
-    for (int group = warp; group < GROUPS; group += WARPS) {
-      if (reader.left == 0) reader.next(a, m, number, offset, turn), stages++;
-      float sums[C::TERMS][4];
+    for (int stage = 0; stage < entry.stages; stage++) {
+      reader.next(a, m, number, warp * octets * OCTET, turn);
+#pragma unroll 1
+      for (int i = 0; i < turn && group < GROUPS;) {  // two at a time, which share what is read of x
+        const bool two = i + 1 < turn && group + WARPS < GROUPS;
+        const u8* unit = reader.unit + i * stride;
+        float sums[2][C::TERMS][4];
 #pragma unroll
-      for (int i = 0; i < C::TERMS; i++) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.0f;
+        for (int n = 0; n < 2 * C::TERMS * 4; n++) (&sums[0][0][0])[n] = 0.0f;
 #pragma unroll 2
-      for (int o = 0; o < octets; o++) {
-        const u32 w = U::octet(reader.unit + o * OCTET, lane);
+        for (int o = 0; o < octets; o++) {
+          const u32 w[2] = {U::octet(unit + o * OCTET, lane), U::octet(unit + (two ? stride : 0) + o * OCTET, lane)};
 #pragma unroll
-        for (int i = 0; i < C::TERMS; i++) {
-          const u32 x[2] = {g < B ? *(const u32*)(own + i * B * P::OWN_STRIDE + o * 8) : 0, 0};
-          ptx::mma_bf16_short(sums[i], x, w);
+          for (int term = 0; term < C::TERMS; term++) {
+            const u32 x[2] = {g < B ? *(const u32*)(own + term * B * P::OWN_STRIDE + o * 8) : 0, 0};
+            ptx::mma_bf16_short(sums[0][term], x, w[0]);
+            ptx::mma_bf16_short(sums[1][term], x, w[1]);
+          }
         }
-      }
-      reader.unit += WARPS * octets * OCTET, reader.left--;
-      const int row = group * 8 + 2 * t;
-      if (g < B && row < D) {
-        float v[2] = {sums[0][0], sums[0][1]};
 #pragma unroll
-        for (int i = 1; i < C::TERMS; i++) v[0] += sums[i][0], v[1] += sums[i][1];
-        if (P::CHANNELS) v[0] *= scales[row], v[1] *= scales[row + 1];
-        y[g * D + row] = v[0], y[g * D + row + 1] = v[1];
+        for (int n = 0; n < 2; n++) {
+          const int row = (group + n * WARPS) * 8 + 2 * t;
+          if (g >= B || row >= D || (n == 1 && !two)) continue;
+          float v[2] = {sums[n][0][0], sums[n][0][1]};
+#pragma unroll
+          for (int term = 1; term < C::TERMS; term++) v[0] += sums[n][term][0], v[1] += sums[n][term][1];
+          if (P::CHANNELS) v[0] *= scales[row], v[1] *= scales[row + 1];
+          y[g * D + row] = v[0], y[g * D + row + 1] = v[1];
+        }
+        i += two ? 2 : 1, group += two ? 2 * WARPS : WARPS;
       }
     }
-#pragma unroll 1
-    for (; stages < entry.stages; stages++) reader.next(a, m, number, offset, turn);
     if (reader.has) reader.release(m);
     reader.left = 0;
     Team::sync();

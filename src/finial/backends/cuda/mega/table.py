@@ -293,8 +293,8 @@ def make_plan(
             terms -= 1
         else:
             raise Unsuited(
-                f"{rows} rows of {_most_k(shape):,} values take {layout.total:,} of {max(room, 0):,} bytes of a "
-                f"block's shared memory, which leaves no room for weights"
+                f"{rows} rows of {_most_k(shape, octets):,} values take {layout.total:,} of {max(room, 0):,} bytes of "
+                f"a block's shared memory, which leaves no room for weights"
             )
     stages = min(stages, 32)
     layout = SharedLayout(**{**layout.__dict__, "ring": stages * stage_units * unit})
@@ -362,15 +362,16 @@ def split_count(items: int, blocks: int) -> int:
     return min(range(1, MOST_SPLITS + 1), key=lambda splits: -(-items * splits // blocks) * (1 / splits + 0.02))
 
 
-def _most_k(shape: MegaShape) -> int:
-    return max(product_size(shape, kind)[1] for kind in PRODUCTS)
+def _most_k(shape: MegaShape, own: int) -> int:
+    """Of the products whose x is that of all blocks."""
+    return max(product_size(shape, kind)[1] for kind in PRODUCTS if kind != DOWN or not own)
 
 
 def _shared(
     shape: MegaShape, rows: int, terms: int, warps: int, most_groups: int, heads: int, own: int, entries: int
 ) -> SharedLayout:
     """Without the ring."""
-    k = -(-_most_k(shape) // 64) * 64 + 32  # see STRIDE in mega_parts.cuh
+    k = -(-_most_k(shape, own) // 64) * 64 + 32  # see STRIDE in mega_parts.cuh
     d = -(-shape.head_dim // 16) * 16
     return SharedLayout(
         ring=0,
