@@ -6,6 +6,7 @@ The device is the twin of cuda_twin.py, which does what it was asked for late an
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,6 +234,28 @@ def test_a_device_that_stops_is_no_endless_wait() -> None:
     ring = Ring(device)
     with pytest.raises(BackendError, match="without the tokens of a step"):
         ring.wait(ring.epochs(3), rows=1)
+
+
+def test_no_thread_races_with_another(small: tuple[Graph, dict[str, Tensor], int], tmp_path: Path) -> None:
+    """ThreadSanitizer over a step of a run that goes on: every way to choose a token, and what prepares the next."""
+    program, vocab = programs(small, arena=8 << 20, multiprocessors=2), small[2]
+    batch = Batch(program, vocab, [3, 5, 2], 1)
+    draws = [Draw(0.0, 0, 1.0, 0.0, 0.0), Draw(1.0, 20, 1.0, 0.0, 0.0), Draw(1.0, 0, 0.9, 0.05, 0.0)]
+    steps = UNDER_WAY + 4
+    numbers = np.random.default_rng(2).random((steps, 3))
+    run = program.ahead(
+        batch.feeds([0, 1, 2]),
+        batch.state,
+        Ahead(draws, numbers, [frozenset({vocab})] * 3, np.full(3, steps, np.int32)),
+    )
+    assert run is not None
+    next(run)
+    run.close()
+    device = program.device
+    assert isinstance(device, TwinDevice)
+    device.launched = [launch for launch in device.launched if launch.kernel.template in ("embed", "sample_ahead")] * 2
+    done = device.replay_under("thread", tmp_path)
+    assert done.returncode == 0, done.stderr[:4000]
 
 
 class StepByStep(Executable):
