@@ -390,6 +390,19 @@ def test_failures_are_rows_with_their_reason_and_without_a_number(bench: Bench) 
     assert all(reason in page for _, _, reason in faults.values()) and "failed (1)" in page and "invalid (" in page
 
 
+def test_the_probe_reads_what_a_step_reads(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a model which fits a cache is held against the cache, in whole requests too."""
+    asked: list[int] = []
+    plain = FakeProbe.now
+    monkeypatch.setattr(FakeProbe, "now", lambda self, t, nbytes=0: (asked.append(nbytes), plain(self, t))[1])
+    whole = replace(DECODE, name="whole", kind="generate", rounds=1)
+    record = bench.run([bench.engine("finial", 0.02)], (whole, replace(DECODE, rounds=1), replace(PROMPT, rounds=1)))
+    floors = [record.cells[f"demo/stored/2/{name}"].floor for name in ("whole", "decode")]
+    assert floors[0] is not None and floors[1] is not None
+    assert list(dict.fromkeys(asked)) == [floors[0].bytes // 5, floors[1].bytes, 0]
+    assert 0.8 < floors[0].bytes / 5 / floors[1].bytes < 1.3, "a request is about as many steps as it has tokens"
+
+
 def test_what_must_be_killed_is_a_row_and_the_run_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     if not Path("/proc/self/statm").exists():
         pytest.skip("memory is watched through /proc")

@@ -117,6 +117,7 @@ class Runner:
         self._files: dict[str, Path] = {}
         self._watching: dict[str, MemoryProbe] = {}
         self._reading: Reading | None = None
+        self._read = (0, 0)  # threads and bytes of that reading
 
     def group(self, group: Group, judge: Judge | None = None) -> None:
         """Measure a group's workloads that the record does not have yet, then judge what was written.
@@ -276,7 +277,8 @@ class Runner:
                 last = self._warm(subject, workload, vocab_size, cell.engines[subject.name], failed, enough)
                 needed[subject.name] = min(rounds_for(workload, last), max(workload.rounds, self._most_rounds))
         self._rest(group)
-        nbytes = cell.floor.bytes if cell.floor is not None and workload.kind == "decode" else 0
+        steps = {"decode": 1, "generate": workload.new}.get(workload.kind)  # a prompt is bound by computing
+        nbytes = cell.floor.bytes // steps if cell.floor is not None and steps else 0
         before = self._probed(group.threads, nbytes, 0.0)
         rounds, started = max(needed.values(), default=0), time.perf_counter()
         spare = rounds * len(subjects) // 2  # on a machine that is never quiet, trying again only costs time
@@ -395,8 +397,9 @@ class Runner:
         return reply, wall, _others(clocks, after)
 
     def _probed(self, threads: int, nbytes: int, wall_s: float) -> Reading:
-        """The machine now; beside short samples, a moment ago."""
+        """The machine now; beside short samples, a moment ago, when it was asked the same."""
         fresh = self._reading is not None and time.time() - self._reading.at < PROBE_S
+        fresh, self._read = fresh and self._read == (threads, nbytes), (threads, nbytes)
         if self._reading is None or not fresh or wall_s > PROBE_S / 2:
             self._reading = Reading(**self._probe.now(threads, nbytes))
         return self._reading
