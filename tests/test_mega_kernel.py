@@ -122,7 +122,7 @@ def test_steps_are_the_references(compiled: None, name: str) -> None:
     """Rows that begin at different times, several steps a launch, over the end of a page and of a window."""
     mega = case(name, pages=5)
     follower = Follower(mega)
-    depth = 60 if mega.model.cache == "f32" else 14  # where stretches of positions are merged, at these sizes
+    depth = 40 if mega.model.cache == "f32" else 14  # where stretches of positions are merged, at these sizes
     first = follower.run({0: (3, 0, depth)}, depth)
     if mega.rows > 1:
         second = follower.run({0: (int(first[-1, 0]), depth, 3), 1: (9, 0, 3)}, 4)  # both reach their limit
@@ -137,7 +137,7 @@ def test_steps_are_the_references(compiled: None, name: str) -> None:
     if mega.plan.sampled:
         follower.check_logits()
     assert not mega.control()[0] and int(mega.control()[1]) == depth + 3 * (1 + (mega.rows > 1))
-    assert merged(mega) == (mega.plan.splits > 1 and depth == 60)
+    assert merged(mega) == (mega.plan.splits > 1 and depth == 40)
     assert not mega.read("tickets", np.zeros(mega.plan.items, np.uint32)).any()
 
 
@@ -223,8 +223,9 @@ def test_same_bits_in_any_order(compiled: None) -> None:
     for seed in (1, 20, 300):
         mega = case("head norms, tied, bf16", seed=1, pages=6)
         mega.device._seed = seed
-        mega.start({0: (7, 0, 90)})
-        tokens = mega.launch(60)
+        mega.fill_caches(np.random.default_rng(4).standard_normal)
+        mega.start({0: (7, 70, 9)})
+        tokens = mega.launch(4)
         assert merged(mega)
         seen.append([tokens, *buffers(mega)])
     for other in seen[1:]:

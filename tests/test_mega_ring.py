@@ -97,6 +97,6 @@ def test_the_twin_finds_faults(compiled: None, fault: str, bulk: bool) -> None:
 def test_no_race_in_the_ring(bulk: bool, fault: str, tmp_path: Path) -> None:
     device = TwinDevice(arena=1 << 20)
     kernel = FAULTY[(fault, bulk)] if fault else USERS[(3, 2, bulk)]
-    run(kernel, 2, 1, 0, device)
+    run(kernel, 2, 1, 9, device)
     done = device.replay_under("thread", tmp_path)
     assert (done.returncode == 0) == (not fault) and ("data race" in done.stderr) == bool(fault), done.stderr[:3000]

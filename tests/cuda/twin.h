@@ -208,7 +208,7 @@ inline void run_block(Block& block, Body body, const void* args, std::mt19937&) 
   pool.run(tasks);
   for (auto& copier : block.copiers) copier.join();
 }
-inline void pause() { std::this_thread::yield(); }
+inline void pause() { std::this_thread::sleep_for(std::chrono::microseconds(20)); }
 #else
 struct Scheduler {
 #if defined(__x86_64__)
@@ -290,7 +290,7 @@ inline void run_block(Block& block, Body body, const void* args, std::mt19937& r
 #endif
   }
   std::shuffle(order.begin(), order.end(), random);
-  int left = count;
+  int left = count, idle = 0;
   while (left > 0) {
     bool moved = false, busy = false;
     for (int i : order) {
@@ -302,7 +302,11 @@ inline void run_block(Block& block, Body body, const void* args, std::mt19937& r
       moved = true, busy |= !lane.idle;
       left -= lane.done;
     }
-    if (moved && !busy) std::this_thread::yield();  // all that it has are waiting for another block
+    idle = busy ? 0 : idle + 1;  // all that it has are waiting for another block
+    if (idle > 64)
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
+    else if (idle > 0)
+      std::this_thread::yield();
     if (!moved) {
       std::fprintf(stderr, "twin: the threads of block %u %u %u wait for each other\n", block.index.x, block.index.y,
                    block.index.z);
