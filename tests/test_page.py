@@ -218,6 +218,7 @@ def test_thoughts_are_folded_away(server: Live, browser: Browser) -> None:
     chunks = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
     chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
     stream = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    page.run(f"window.stream = {json.dumps(stream)}")
     page.run(
         """(() => {
             const real = window.fetch;
@@ -225,10 +226,9 @@ def test_thoughts_are_folded_away(server: Live, browser: Browser) -> None:
             window.fetch = async (path, options) => {
                 if (path !== "/v1/chat/completions") return real(path, options);
                 window.asked.push(options.body);
-                return new Response(%s, { headers: { "Content-Type": "text/event-stream" } });
+                return new Response(window.stream, { headers: { "Content-Type": "text/event-stream" } });
             };
         })()"""
-        % json.dumps(stream)
     )
     ask(page, "Who is there?", 1)
     fold = "document.querySelector('details.think')"
