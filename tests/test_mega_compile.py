@@ -99,3 +99,20 @@ def test_host_and_kernel_agree(normed: bool, bias: bool, format: str) -> None:
     text = "#include <cstddef>\n" + kernels.program([kernel]) + asserts
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:3000]
+
+
+def main() -> None:
+    """Print what each of CHOSEN takes, as docs/megakernel.md has it."""
+    for capability, all_chosen in CHOSEN.items():
+        for chosen in all_chosen:
+            kernel = real(*chosen, capability)
+            used = usage(compile_kernels([kernel], ARCHITECTURES[capability])[1], kernel)
+            name, format, cache, rows, sampled, fused = chosen
+            what = f"{name} | {format} | {cache} | {rows} | {'b' if fused else 'a'}{', draws' if sampled else ''}"
+            print(
+                f"| {ARCHITECTURES[capability]} | {what} | {used.registers} | {used.spill_bytes} | {kernel.shared:,} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
