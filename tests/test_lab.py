@@ -390,6 +390,17 @@ def test_failures_are_rows_with_their_reason_and_without_a_number(bench: Bench) 
     assert all(reason in page for _, _, reason in faults.values()) and "failed (1)" in page and "invalid (" in page
 
 
+def test_a_workload_is_cut_short_with_enough_rounds(bench: Bench) -> None:
+    free = replace(DECODE, rounds=0)
+    for cell_s, rounds in ((0.01, 5), (0.3, 10)):  # a round takes some 20 ms: late twice over, late at the tenth
+        record = bench.run([bench.engine("finial", 0.006)], (free,), cell_s=cell_s)
+        assert rounds <= len(record.cells["demo/stored/2/decode"].engines["finial"].samples) < 60
+    record = bench.run([bench.engine("finial", 0.001)], (replace(free, rounds=12),), cell_s=0.001)
+    assert len(record.cells["demo/stored/2/decode"].engines["finial"].samples) == 12, (
+        "a number that was asked for stays"
+    )
+
+
 def test_the_probe_reads_what_a_step_reads(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a model which fits a cache is held against the cache, in whole requests too."""
     asked: list[int] = []

@@ -40,7 +40,9 @@ OTHERS_S = 0.2  # shorter samples are too short for the kernel's clock of 10 ms 
 
 PROBE_S = 0.5  # a reading so old still stands beside a sample that is shorter than half of it
 STEADY = 0.05  # two warm-up runs that differ by less are steady
-LEAST_ROUNDS = 5  # of a comparison that is cut short: fewer pairs show nothing
+# A comparison is cut short after so many times of what it may take, when it has so many rounds: ten are what short work
+# wants, fewer than five pairs show nothing.
+CUT_SHORT = ((1.0, 10), (2.0, 5))
 WARM_S = 20.0  # of warming up, after which the next run counts
 KEPT_TIMES = 10  # rounds whose token times are in the record
 
@@ -84,7 +86,7 @@ class Runner:
         memory_bytes: that one engine may hold.
         tick: called with a cell's key when it is done.
         most_rounds: caps the rounds of workloads that leave them open; cell_s does it by the seconds that a workload's
-            samples take, as long as each engine has `LEAST_ROUNDS`, and allows as much for all warming up.
+            samples take, as `CUT_SHORT` says, and allows as much for all warming up.
         meter: of energy; None: nothing is measured.
         window_s: of an engine's work whose energy is measured, at least; idle_s: of waiting with the engines loaded.
     """
@@ -283,7 +285,8 @@ class Runner:
         rounds, started = max(needed.values(), default=0), time.perf_counter()
         spare = rounds * len(subjects) // 2  # on a machine that is never quiet, trying again only costs time
         for round in range(rounds):
-            if round >= LEAST_ROUNDS and not workload.rounds and time.perf_counter() - started > self._cell_s:
+            late = 0.0 if workload.rounds else (time.perf_counter() - started) / self._cell_s
+            if any(late > times and round >= enough for times, enough in CUT_SHORT):
                 break
             for order, subject in enumerate(self._shuffled(subjects)):
                 if subject.name not in self._workers or subject.name in failed or round >= needed[subject.name]:
