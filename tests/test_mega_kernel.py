@@ -15,7 +15,7 @@ import pytest
 
 from cuda_twin import ADDRESS_BASE, BASE, CXX, TwinDevice
 from finial.backends.cuda.mega import table
-from finial.backends.cuda.mega.table import FIRST, KIND, LAYER, SIGNAL
+from finial.backends.cuda.mega.table import FIRST, KIND, LAYER, SIGNAL, WAIT
 from finial.config import ModelConfig
 from finial.engine.sampling import SamplingParams, choose
 from mega_twin import ENDED, PAGE, MegaTwin, Model, Reference
@@ -258,15 +258,31 @@ def test_a_signal_that_never_comes(compiled: None, kind: int) -> None:
     assert np.array_equal(mega.launch(3), whole.launch(3))
 
 
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("sanitizer, fused_mlp", [("thread", False), ("thread", True), ("address", True)])
-def test_sanitizers(sanitizer: str, fused_mlp: bool, tmp_path: Path) -> None:
-    """Each CUDA thread of two blocks an OS thread, two steps of one layer at a depth that both blocks share."""
+def two_blocks(fused_mlp: bool, base: int) -> MegaTwin:
+    """After two steps of one layer at a depth that both blocks share."""
     config = replace(SMALL, num_layers=1, windows=(None,), vocab_size=64, intermediate_size=64, num_kv_heads=1)
-    base = ADDRESS_BASE if sanitizer == "address" else BASE
     mega = MegaTwin(Model(config), blocks=2, pages=5, arena=2 << 20, base=base, fused_mlp=fused_mlp)
     mega.fill_caches(np.random.default_rng(4).standard_normal)
     mega.start({0: (3, 70, 9)})
     assert len(mega.launch(2)) == 2 and merged(mega)
+    return mega
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("sanitizer, fused_mlp", [("thread", False), ("thread", True), ("address", True)])
+def test_sanitizers(sanitizer: str, fused_mlp: bool, tmp_path: Path) -> None:
+    """The steps after those, each CUDA thread an OS thread."""
+    mega = two_blocks(fused_mlp, ADDRESS_BASE if sanitizer == "address" else BASE)
     done = mega.device.replay_under(sanitizer, tmp_path)
     assert done.returncode == 0, done.stderr[:4000]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", [table.ATTEND, table.GATE_UP, table.TOKEN])
+def test_a_wait_that_is_missing_is_found(kind: int, tmp_path: Path) -> None:
+    mega = two_blocks(False, BASE)
+    broken = mega.plan.table.copy()
+    broken[broken[:, :, KIND] == kind, WAIT] = table.NOTHING
+    mega.write("table", broken)
+    done = mega.device.replay_under("thread", tmp_path)
+    assert done.returncode == 66 and "data race" in done.stderr, done.stderr[:1000]
