@@ -196,11 +196,14 @@ struct Mega : Parts<C> {
     item.eps = C::EPS, item.rope_scale = C::ROPE_SCALE, item.scale = C::SCALE;
     return s;
   }
-  // Cached rows of earlier steps come into L2 while queries are made.
+  // Cached rows of earlier steps come into L2 while queries are made: 64 KiB a block, which all blocks together have
+  // room for even where L2 is 6 MB; what a long stretch has beyond is asked for in time by the many loads before it.
   FINIAL_DEVICE static void warm_attention(const MegaArgs& a, const State& state, const Entry& entry) {
+    constexpr int MOST = (64 << 10) / (2 * C::Cache::ROW_BYTES);
     const Stretch s = stretch(a, state, entry);
     if (s.split >= s.active) return;
-    for (int at = s.item.begin + threadIdx.x; at < s.item.end - 1; at += THREADS)
+    const int end = s.item.end - 1 < s.item.begin + MOST ? s.item.end - 1 : s.item.begin + MOST;
+    for (int at = s.item.begin + threadIdx.x; at < end; at += THREADS)
       for (int which = 0; which < 2; which++) {
         const u8* row = s.item.cache + P::Attention::address(s.item.pages, at, which, s.item.head);
         for (int i = 0; i < C::Cache::ROW_BYTES; i += 128) ptx::prefetch_l2(row + i);
