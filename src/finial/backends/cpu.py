@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finial.backends import Timing
-from finial.backends.cpu_plan import Product, Products, plan
+from finial.backends.fuse import Product, Products, plan
 from finial.errors import BackendError
 from finial.formats import FORMATS, Reencoded, Tensor
 from finial.graph import Dim, Graph, Node, Value

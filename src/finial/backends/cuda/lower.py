@@ -8,13 +8,13 @@ a step has are computed and thrown away.  Knows nothing of steps and their data.
 
 from __future__ import annotations
 
-from finial.backends.cpu_plan import Products
 from finial.backends.cuda import kernels
 from finial.backends.cuda.lower_attention import AttentionLowering
 from finial.backends.cuda.lower_products import ProductLowering
 from finial.backends.cuda.lower_values import number, width_of
 from finial.backends.cuda.plan import Attention, Item
 from finial.backends.cuda.workspace import Place
+from finial.backends.fuse import Products
 from finial.graph import Node
 
 

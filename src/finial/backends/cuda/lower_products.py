@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finial.backends.cpu_plan import Product, Products
 from finial.backends.cuda import kernels
 from finial.backends.cuda.lower_values import SMALL_ROWS, Values, number
 from finial.backends.cuda.model import Matrix
 from finial.backends.cuda.plan import joined, weight_names
 from finial.backends.cuda.workspace import Place
+from finial.backends.fuse import Product, Products
 
 
 class ProductLowering(Values):

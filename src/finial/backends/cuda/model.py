@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finial.backends.cpu_plan import Products
 from finial.backends.cuda.device import Device, free_all
 from finial.backends.cuda.kernels import FORMATS
 from finial.backends.cuda.plan import Attention, Item, joined, plan, weight_names
 from finial.backends.cuda.weights import pack_matrix
+from finial.backends.fuse import Products
 from finial.errors import BackendError
 from finial.formats import Tensor
 from finial.graph import Graph

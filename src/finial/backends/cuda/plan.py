@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from finial.backends import cpu_plan
-from finial.backends.cpu_plan import Product, Products
+from finial.backends import fuse
+from finial.backends.fuse import Product, Products
 from finial.graph import Graph, Node
 
 
@@ -55,7 +55,7 @@ def plan(graph: Graph, formats: Mapping[str, str]) -> list[Item]:
     Args:
         formats: by a matrix's name; only products of one format share a kernel.
     """
-    items = cpu_plan.plan(graph, lambda weight: f"weights in {formats[weight]}")
+    items = fuse.plan(graph, lambda weight: f"weights in {formats[weight]}")
     fused = {id(node): found for node in graph.nodes if node.op == "attention" and (found := _attention(graph, node))}
     taken: set[int] = set()
     for found in fused.values():

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from finial.backends.cpu_plan import Product, Products
 from finial.backends.cuda.kernels import FORMATS
 from finial.backends.cuda.plan import Attention, Item
+from finial.backends.fuse import Product, Products
 from finial.graph import Graph, Node
 
 STREAMED = ("bf16", "fp8", "q8_0")  # formats of matrices that have a unit; see stream.py

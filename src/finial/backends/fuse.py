@@ -1,4 +1,4 @@
-"""Which nodes of a graph the CPU backend runs together.
+"""Which nodes of a graph a native backend runs together: one decision for the cpu and the cuda backend.
 
 Products that share an input become one instruction: the norm in front of it and the rounding of it are done once, and
 what follows a product alone is done while its result is at hand: an addition, or silu of one product times another.
