@@ -142,12 +142,18 @@ def _sentence(tables: list[Table]) -> str:
         said = f"Use {best.engine} or {rival.engine}: no difference shown between them ({work})"
     if best.share is not None:
         said += f", {best.share:.0%} of what this machine allows"
-    lost = [t for t in ranked if t.standings[0].engine != best.engine and t is not table]
+    lost = [t for t in ranked if t is not table and _beaten(t, best.engine)]
     said += f"; {words(best.verdict)}."
     if lost:
         where = ", ".join(f"{t.standings[0].engine} for {t.cell.workload.name}" for t in lost[:3])
         said += f" Faster elsewhere: {where}."
     return said
+
+
+def _beaten(table: Table, engine: str) -> bool:
+    """Whether another one is shown to be faster there."""
+    own = next((s for s in table.standings if s.engine == engine), None)
+    return own is not None and own.versus is not None and own.versus.shown
 
 
 def words(verdict: Verdict | None) -> str:
