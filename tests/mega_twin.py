@@ -18,7 +18,7 @@ from cuda_twin import BASE, TwinDevice
 from finial.backends import get_backend
 from finial.backends.cuda import kernels
 from finial.backends.cuda.device import Launch
-from finial.backends.cuda.mega import table
+from finial.backends.cuda.mega import layout, table
 from finial.backends.cuda.mega.shape import recognise
 from finial.backends.cuda.mega.stream import Packer
 from finial.backends.cuda.mega.table import Plan, make_plan
@@ -139,13 +139,13 @@ class MegaTwin:
             "act": put(np.full((rows, shape.ffn), np.nan, f32)),
             "parts": put(np.full(parts, np.nan, f32)),
             "tickets": put(np.zeros(plan.items, np.uint32)),
-            "counters": put(np.zeros(table.counters(shape) * table.COUNTER_STRIDE, np.uint32)),
+            "counters": put(np.zeros(layout.counters(shape) * layout.COUNTER_STRIDE, np.uint32)),
             "candidates": put(np.zeros((2, plan.blocks, rows), np.uint64)),
             "logits": put(np.full((rows, shape.vocab), np.nan, f32)),
             "tokens": put(np.zeros((2, rows), np.int32)),
             "requests": put(np.tile(np.array([0, 0, 1, 0], f32), (rows, 1))),
             "draws": put(np.zeros((RING_STEPS, rows), np.float64)),
-            "stops": put(np.full((rows, table.STOPS), -1, np.int32)),
+            "stops": put(np.full((rows, layout.STOPS), -1, np.int32)),
             "ring": put(np.zeros((RING_STEPS, RING_STRIDE), np.uint64)),
             "control": put(np.zeros(8, np.uint32)),
         }

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 from finial.backends.cuda.mega import table
 from finial.backends.cuda.mega.check import check
-from finial.backends.cuda.mega.ring_check import Ring, check_ring
-from finial.backends.cuda.mega.shape import MegaShape, Unsuited
-from finial.backends.cuda.mega.table import (
+from finial.backends.cuda.mega.layout import (
     ATTEND,
     COUNT,
     DOWN,
@@ -35,10 +33,11 @@ from finial.backends.cuda.mega.table import (
     TARGET,
     TOKEN,
     WAIT,
-    Plan,
     counter,
-    make_plan,
 )
+from finial.backends.cuda.mega.ring_check import Ring, check_ring
+from finial.backends.cuda.mega.shape import MegaShape, Unsuited
+from finial.backends.cuda.mega.table import Plan, make_plan
 from test_mega_table import REAL, SHARED, SMALL
 
 # --- tables that are right --------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from cuda_twin import CXX, FLAGS, HERE
 from finial.backends.cuda import kernels
 from finial.backends.cuda.compiler import ARCHITECTURES, compile_kernels, usage
 from finial.backends.cuda.kernels import SOURCES, Kernel
-from finial.backends.cuda.mega import table
+from finial.backends.cuda.mega import layout, table
 from finial.backends.cuda.mega.table import make_plan
 from test_mega_table import REAL, SHARED
 
@@ -70,7 +70,7 @@ def test_host_and_kernel_agree(normed: bool, bias: bool, format: str) -> None:
     plan = make_plan(shape, rows=2, multiprocessors=7, shared=227 << 10, sampled=True)
     kernel = table.kernel(plan, 32)
     parts = f"Parts<{kernel.name}_constants>"
-    offsets, stride, after, _ = table.vectors(shape)
+    offsets, stride, after, _ = layout.vectors(shape)
     known = {
         "ATTN_NORM": "attn_norm",
         "MLP_NORM": "mlp_norm",
@@ -85,10 +85,10 @@ def test_host_and_kernel_agree(normed: bool, bias: bool, format: str) -> None:
     equal = {f"{parts}::{name}": offsets[ours] for name, ours in known.items()}
     equal |= {f"{parts}::LAYER": stride, f"{parts}::FINAL_NORM": after["final_norm"]}
     equal |= {f"{parts}::HEAD_SCALES": after["head_scales"], f"{parts}::SHARED": kernel.shared}
-    equal |= {f"{parts}::U::BYTES": table.UNIT_BYTES[format], f"{parts}::PARTS": plan.parts}
-    equal |= {name: at for at, name in enumerate(table.NAMES)}
-    equal |= {"END": table.END, "COUNTER_STRIDE": table.COUNTER_STRIDE, "STOPS": table.STOPS}
-    equal |= {"(int)sizeof(Entry)": table.ENTRY * 4}
+    equal |= {f"{parts}::U::BYTES": layout.UNIT_BYTES[format], f"{parts}::PARTS": plan.parts}
+    equal |= {name: at for at, name in enumerate(layout.NAMES)}
+    equal |= {"END": layout.END, "COUNTER_STRIDE": layout.COUNTER_STRIDE, "STOPS": layout.STOPS}
+    equal |= {"(int)sizeof(Entry)": layout.ENTRY * 4}
     at = 0
     for kind, name in kernels._FIELDS["MegaArgs"]:
         equal[f"(int)offsetof(MegaArgs, {name})"] = at

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from cuda_twin import ADDRESS_BASE, BASE, CXX, TwinDevice
-from finial.backends.cuda.mega import table
-from finial.backends.cuda.mega.table import FIRST, KIND, LAYER, SIGNAL, WAIT
+from finial.backends.cuda.mega import layout
+from finial.backends.cuda.mega.layout import FIRST, KIND, LAYER, SIGNAL, WAIT
 from finial.config import ModelConfig
 from finial.engine.sampling import SamplingParams, choose
 from mega_twin import ENDED, PAGE, MegaTwin, Model, Reference
@@ -148,7 +148,7 @@ def test_rows_end(compiled: None) -> None:
     free.start(every)
     tokens = free.launch(4)
     mega = case("eight rows, odd heads", seed=5)
-    stops = np.full((8, table.STOPS), -1, np.int32)
+    stops = np.full((8, layout.STOPS), -1, np.int32)
     stops[:, 3] = tokens[1]  # ends every row after its second token, if it was not its first
     stops[2, 5], stops[4] = tokens[0, 2], -1
     mega.write("stops", stops)
@@ -232,7 +232,7 @@ def test_same_bits_in_any_order(compiled: None) -> None:
         assert all(np.array_equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
 
-@pytest.mark.parametrize("kind", [table.QKV, table.ATTEND, table.HEAD])
+@pytest.mark.parametrize("kind", [layout.QKV, layout.ATTEND, layout.HEAD])
 def test_a_signal_that_never_comes(compiled: None, kind: int) -> None:
     """Every block leaves within the bound, the error is noted, and after it was cleared the same rows go on."""
     mega = case("head norms, tied, bf16", limit_s=0.2)
@@ -241,7 +241,7 @@ def test_a_signal_that_never_comes(compiled: None, kind: int) -> None:
     broken = kept.copy()
     mine = broken[:, :, KIND] == kind
     last = broken[mine][-1]
-    broken[mine & (broken[:, :, LAYER] == last[LAYER]) & (broken[:, :, FIRST] == last[FIRST]), SIGNAL] = table.NOTHING
+    broken[mine & (broken[:, :, LAYER] == last[LAYER]) & (broken[:, :, FIRST] == last[FIRST]), SIGNAL] = layout.NOTHING
     mega.write("table", broken)
     assert mega.launch(3).shape == (0, 1)
     control = mega.control()
@@ -250,7 +250,7 @@ def test_a_signal_that_never_comes(compiled: None, kind: int) -> None:
     mega.write("table", kept)
     assert mega.launch(3).shape == (0, 1)  # nobody begins while the error stands
     for name in ("control", "counters", "tickets"):
-        sizes = {"control": 8, "counters": table.counters(mega.plan.shape) * table.COUNTER_STRIDE}
+        sizes = {"control": 8, "counters": layout.counters(mega.plan.shape) * layout.COUNTER_STRIDE}
         mega.write(name, np.zeros(sizes.get(name, mega.plan.items), np.uint32))
     mega.limit_s = 300.0
     whole = case("head norms, tied, bf16")
@@ -278,11 +278,11 @@ def test_sanitizers(sanitizer: str, fused_mlp: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("kind", [table.ATTEND, table.GATE_UP, table.TOKEN])
+@pytest.mark.parametrize("kind", [layout.ATTEND, layout.GATE_UP, layout.TOKEN])
 def test_a_wait_that_is_missing_is_found(kind: int, tmp_path: Path) -> None:
     mega = two_blocks(False, BASE)
     broken = mega.plan.table.copy()
-    broken[broken[:, :, KIND] == kind, WAIT] = table.NOTHING
+    broken[broken[:, :, KIND] == kind, WAIT] = layout.NOTHING
     mega.write("table", broken)
     done = mega.device.replay_under("thread", tmp_path)
     assert done.returncode == 66 and "data race" in done.stderr, done.stderr[:1000]

@@ -16,8 +16,8 @@ import models
 from cuda_twin import CXX, TwinDevice
 from finial.backends.cuda import driver, run_feeds
 from finial.backends.cuda.device import Launch
+from finial.backends.cuda.mega import layout, table
 from finial.backends.cuda.mega import program as megakernel
-from finial.backends.cuda.mega import table
 from finial.backends.cuda.mega.table import make_plan
 from finial.backends.cuda.program import CudaProgram, headroom
 from finial.backends.cuda.ways import VARIABLE, Trial, TryOut
@@ -130,7 +130,7 @@ def test_a_run_that_is_left_changes_nothing_for_the_next(load: Load, reference: 
 def test_a_table_that_is_wrong_does_not_run(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*given: Any, **options: Any) -> table.Plan:
         made = make_plan(*given, **options)
-        made.table[0, 1, table.WAIT] = -1
+        made.table[0, 1, layout.WAIT] = -1
         return made
 
     monkeypatch.setattr(megakernel, "make_plan", wrong)

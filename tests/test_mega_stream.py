@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finial.backends.cuda.mega import table
+from finial.backends.cuda.mega import layout
+from finial.backends.cuda.mega.layout import COUNT, FIRST, KIND, LAYER, ROWS
 from finial.backends.cuda.mega.shape import Recognised
 from finial.backends.cuda.mega.stream import Packer, matrices
-from finial.backends.cuda.mega.table import COUNT, FIRST, KIND, LAYER, ROWS, Plan, make_plan
+from finial.backends.cuda.mega.table import Plan, make_plan
 from finial.backends.cuda.weights import fp8_decoded
 from finial.config import ModelConfig
 from finial.formats import Tensor
@@ -36,8 +37,8 @@ def made(
 
 def groups_in(plan: Plan, stream: np.ndarray, kind: int, layer: int) -> np.ndarray:
     """What the blocks find of a product in their streams: units [groups, k units, bytes]."""
-    units, k_units = plan.units(), table.k_units(plan.shape, kind)
-    out = np.zeros((table.groups_of(plan.shape, kind), k_units, table.UNIT_BYTES[plan.shape.format]), np.uint8)
+    units, k_units = plan.units(), layout.k_units(plan.shape, kind)
+    out = np.zeros((layout.groups_of(plan.shape, kind), k_units, layout.UNIT_BYTES[plan.shape.format]), np.uint8)
     found = np.zeros(len(out), int)
     for block, base in enumerate(plan.offsets()[:-1].tolist()):
         at = base
@@ -76,20 +77,20 @@ def test_streams_hold_the_matrices(fields: dict[str, Any], format: str, blocks: 
         written[offset : offset + len(data)] = True
     assert written.sum() == plan.stream_bytes().sum()
     vectors = packer.vectors()
-    layer_offsets, stride, after, total = table.vectors(plan.shape)
+    layer_offsets, stride, after, total = layout.vectors(plan.shape)
     assert len(vectors) == total
     scale_names = {0: "qkv_scales", 2: "o_scales", 3: "gate_up_scales", 4: "down_scales"}
     true_bytes = 0.0
-    for kind in table.PRODUCTS:
-        order, (rows, k) = table.row_order(plan.shape, kind), table.product_size(plan.shape, kind)
-        for layer in range(config.num_layers if kind != table.HEAD else 1):
+    for kind in layout.PRODUCTS:
+        order, (rows, k) = layout.row_order(plan.shape, kind), layout.product_size(plan.shape, kind)
+        for layer in range(config.num_layers if kind != layout.HEAD else 1):
             tensors = [weights[name] for name in matrices(names, kind, layer)]
             values = [tensor.decode() for tensor in tensors]
             expected = np.stack([values[which][row] for which, row in order.tolist()])
             units = groups_in(plan, stream, kind, layer)
             true_bytes += rows * k * {"bf16": 2, "fp8": 1, "q8_0": 34 / 32}[format]
             if format == "fp8":
-                at = after["head_scales"] if kind == table.HEAD else layer * stride + layer_offsets[scale_names[kind]]
+                at = after["head_scales"] if kind == layout.HEAD else layer * stride + layer_offsets[scale_names[kind]]
                 got = read(units, format, vectors[at:])
                 # e4m3 has 3 bits of mantissa, and steps of 2^-9 of the scaled row below 2^-6.
                 largest = np.abs(expected).max(axis=1, keepdims=True)
@@ -123,14 +124,14 @@ def test_streams_of_the_fused_variant_hold_down_by_neurons(format: str) -> None:
     packer = Packer(plan, names, weights)
     for offset, data in packer.pieces():
         stream[offset : offset + len(data)] = data
-    vectors, (offsets, stride, _, _) = packer.vectors(), table.vectors(plan.shape)
+    vectors, (offsets, stride, _, _) = packer.vectors(), layout.vectors(plan.shape)
     for layer, own in enumerate(names.layers):
         down = weights[own.down].decode()
-        got = np.full((table.down_groups(plan.shape) * ROWS, plan.shape.ffn), np.nan, np.float32)
+        got = np.full((layout.down_groups(plan.shape) * ROWS, plan.shape.ffn), np.nan, np.float32)
         for block, base in enumerate(plan.offsets()[:-1].tolist()):
             at = base
             for entry, nbytes in zip(plan.table[block], plan.entry_bytes()[block].tolist(), strict=True):
-                if entry[KIND] == table.MLP_DOWN and entry[LAYER] == layer:
+                if entry[KIND] == layout.MLP_DOWN and entry[LAYER] == layer:
                     octets = stream[at : at + nbytes].reshape(
                         -1, int(entry[COUNT]), ROWS, nbytes // len(got) // entry[COUNT]
                     )
@@ -163,7 +164,7 @@ def test_vectors_hold_norms_and_biases() -> None:
     plan, names, weights = made(config, "bf16", 4)
     packer = Packer(plan, names, weights)
     vectors = packer.vectors()
-    offsets, stride, after, _ = table.vectors(plan.shape)
+    offsets, stride, after, _ = layout.vectors(plan.shape)
     for layer, own in enumerate(names.layers):
         for part, name in zip(
             ("attn_norm", "mlp_norm", "q_norm", "k_norm"), (own.attn_norm, own.mlp_norm, *own.head_norms), strict=True

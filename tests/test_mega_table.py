@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finial.backends.cuda.mega import table
+from finial.backends.cuda.mega import layout, table
+from finial.backends.cuda.mega.layout import COUNT, FIRST, KIND, PRODUCTS, SIGNAL, STAGES, TARGET, WAIT
 from finial.backends.cuda.mega.shape import MegaShape, Recognised, Unsuited, recognise
-from finial.backends.cuda.mega.table import COUNT, FIRST, KIND, PRODUCTS, SIGNAL, STAGES, TARGET, WAIT, Plan, make_plan
+from finial.backends.cuda.mega.table import Plan, make_plan
 from finial.backends.cuda.plan import plan
 from finial.config import ModelConfig, Rope
 from finial.graph import Graph
@@ -154,10 +155,10 @@ def test_work_is_shared_out_evenly(name: str, multiprocessors: int) -> None:
     assert made.blocks == multiprocessors
     for kind in PRODUCTS:
         entries = entries_of(made, kind)
-        for layer in range(shape.layers if kind != table.HEAD else 1):
-            own = entries[entries[:, 1 + table.LAYER] == layer]
+        for layer in range(shape.layers if kind != layout.HEAD else 1):
+            own = entries[entries[:, 1 + layout.LAYER] == layer]
             counts = np.bincount(own[:, 0], own[:, 1 + COUNT], minlength=made.blocks)
-            assert counts.sum() == table.groups_of(shape, kind) and np.ptp(counts) <= 1
+            assert counts.sum() == layout.groups_of(shape, kind) and np.ptp(counts) <= 1
     stream = made.stream_bytes()
     assert np.ptp(stream) <= 0.02 * stream.mean()
     assert stream.sum() == made.offsets()[-1] - np.sum(-stream % 128)
@@ -187,40 +188,40 @@ def test_shared_memory_is_what_there_is(name: str, capability: int, rows: int) -
     assert made.shared.total <= SHARED[capability] - table.RESERVED_SHARED
     assert made.terms in (2, 3) and made.terms * rows <= 16
     assert made.stages >= 3 and made.stage_units % made.warps == 0
-    assert made.shared.ring == made.stages * made.stage_units * table.UNIT_BYTES[shape.format]
+    assert made.shared.ring == made.stages * made.stage_units * layout.UNIT_BYTES[shape.format]
 
 
 def test_entries_stages_and_targets() -> None:
     made = make_plan(SMALL, rows=2, multiprocessors=5, shared=SHARED[86], sampled=True, warps=2)
     waits = made.table[:, :, WAIT]
     assert (made.table[:, :, TARGET] == np.where(waits >= 0, made.arrivals[waits], 0)).all()
-    assert (made.table[:, -1, KIND] == table.END).all()
+    assert (made.table[:, -1, KIND] == layout.END).all()
     for kind in PRODUCTS:
         for entry in entries_of(made, kind)[:, 1:]:
-            assert entry[STAGES] == -(-entry[COUNT] * table.k_units(SMALL, kind) // made.stage_units) > 0
-    qkv, heads = entries_of(made, table.QKV), SMALL.kv_heads
-    per_head = table.groups_of(SMALL, table.QKV) // heads
+            assert entry[STAGES] == -(-entry[COUNT] * layout.k_units(SMALL, kind) // made.stage_units) > 0
+    qkv, heads = entries_of(made, layout.QKV), SMALL.kv_heads
+    per_head = layout.groups_of(SMALL, layout.QKV) // heads
     for entry in qkv[:, 1:]:  # within one key/value head, whose counter it signals
         head = entry[FIRST] // per_head
         assert (entry[FIRST] + entry[COUNT] - 1) // per_head == head
-        assert entry[SIGNAL] == table.counter(SMALL, table.QKV, entry[table.LAYER], head)
-    sampled = entries_of(made, table.SAMPLE)
+        assert entry[SIGNAL] == layout.counter(SMALL, layout.QKV, entry[layout.LAYER], head)
+    sampled = entries_of(made, layout.SAMPLE)
     assert sorted(sampled[:, 1 + FIRST]) == [0, 1] and len(set(sampled[:, 0])) == 2
-    assert (entries_of(made, table.TOKEN)[:, 1 + WAIT] == table.counter(SMALL, table.SAMPLE)).all()
+    assert (entries_of(made, layout.TOKEN)[:, 1 + WAIT] == layout.counter(SMALL, layout.SAMPLE)).all()
 
 
 def test_rows_come_in_the_order_of_heads_and_pairs() -> None:
-    order = table.row_order(replace(SMALL, heads=4, kv_heads=2, head_dim=8), table.QKV)
+    order = layout.row_order(replace(SMALL, heads=4, kv_heads=2, head_dim=8), layout.QKV)
     expected = [(0, r) for r in range(16)] + [(1, r) for r in range(8)] + [(2, r) for r in range(8)]
     expected += [(0, 16 + r) for r in range(16)] + [(1, 8 + r) for r in range(8)] + [(2, 8 + r) for r in range(8)]
     assert [tuple(row) for row in order.tolist()] == expected
-    assert table.row_order(SMALL, table.GATE_UP)[:4].tolist() == [[0, 0], [1, 0], [0, 1], [1, 1]]
-    assert table.row_order(SMALL, table.DOWN)[5].tolist() == [0, 5]
+    assert layout.row_order(SMALL, layout.GATE_UP)[:4].tolist() == [[0, 0], [1, 0], [0, 1], [1, 1]]
+    assert layout.row_order(SMALL, layout.DOWN)[5].tolist() == [0, 5]
 
 
 def test_vectors_do_not_overlap() -> None:
     for shape in (SMALL, replace(SMALL, format="fp8", bias=True, normed=True, width=62)):
-        layer, stride, after, total = table.vectors(shape)
+        layer, stride, after, total = layout.vectors(shape)
         offsets = [*layer.values(), stride]
         assert offsets == sorted(offsets) and all(at % 4 == 0 for at in [*offsets, *after.values()])
         assert (after["final_norm"], after["head_scales"]) >= (2 * stride, 2 * stride + shape.width)

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from finial.backends.cuda.device import Device
 from finial.backends.cuda.feeds import bucket
+from finial.backends.cuda.mega.layout import MOST_ROWS
 from finial.backends.cuda.mega.program import Mega
 from finial.backends.cuda.mega.shape import Unsuited
-from finial.backends.cuda.mega.table import MOST_ROWS
 from finial.backends.cuda.model import Model
 from finial.errors import BackendError
 from finial.formats import Tensor

@@ -1,6 +1,6 @@
 // What all parts of the persistent kernel know: its arguments, its table's entries, what lies where.
 //
-// backends/cuda/mega/table.py has the same numbers; tests hold both together.
+// backends/cuda/mega/layout.py and table.py have the same numbers; tests hold both together.
 #pragma once
 #include "attend.cuh"
 #include "ring.cuh"

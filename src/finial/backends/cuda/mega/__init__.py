@@ -1,6 +1,6 @@
 """The persistent megakernel: whole decode steps of a whole model in one launch.
 
-`shape.py` recognises the graphs it runs, `table.py` says which block does what and waits for whom, `check.py` proves
-that table, `stream.py` puts the weights into the order in which blocks read them, `program.py` runs steps.
-See docs/megakernel.md.
+`shape.py` recognises the graphs it runs, `layout.py` says where rows, counters and vectors lie, `table.py` which block
+does what and waits for whom, `check.py` proves that table, `stream.py` puts the weights into the order in which blocks
+read them, `program.py` runs steps.  See docs/megakernel.md.
 """

@@ -22,10 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from finial.backends.cuda.mega import table
+from finial.backends.cuda.mega import layout
 from finial.backends.cuda.mega.events import IDLE, MERGE, Events, Finding, Ints, Mask, live_entries
-from finial.backends.cuda.mega.ring_check import check_ring
-from finial.backends.cuda.mega.table import (
+from finial.backends.cuda.mega.layout import (
     ATTEND,
     COUNT,
     DOWN,
@@ -46,8 +45,9 @@ from finial.backends.cuda.mega.table import (
     TOKEN,
     UNIT_BYTES,
     WAIT,
-    Plan,
 )
+from finial.backends.cuda.mega.ring_check import check_ring
+from finial.backends.cuda.mega.table import Plan
 
 _MOST = 4  # findings of one kind that are told
 
@@ -102,8 +102,8 @@ def _ring(plan: Plan) -> Iterator[Finding]:
     down = t[:, :, KIND] == MLP_DOWN
     if down.any():  # whole row groups of down, as many for each warp
         octets = np.maximum(t[down][:, COUNT], 1)
-        at_once = slot // (octets * table.octet_bytes(plan.shape)) // plan.warps * plan.warps
-        wanted[down] = -(-table.down_groups(plan.shape) // np.maximum(at_once, 1))
+        at_once = slot // (octets * layout.octet_bytes(plan.shape)) // plan.warps * plan.warps
+        wanted[down] = -(-layout.down_groups(plan.shape) // np.maximum(at_once, 1))
     for block, at in np.argwhere(t[:, :, STAGES] != wanted)[:_MOST].tolist():
         yield Finding(
             "ring",
@@ -126,9 +126,9 @@ def _matrix_bytes(plan: Plan, kind: int) -> int:
     """Of all matrices of a kind, up to whole units or octets."""
     layers = 1 if kind == HEAD else plan.shape.layers
     if kind == DOWN and plan.own:
-        groups, octets = table.down_groups(plan.shape), plan.shape.ffn // table.ROWS
-        return layers * groups * octets * table.octet_bytes(plan.shape)
-    units = table.groups_of(plan.shape, kind) * table.k_units(plan.shape, kind)
+        groups, octets = layout.down_groups(plan.shape), plan.shape.ffn // layout.ROWS
+        return layers * groups * octets * layout.octet_bytes(plan.shape)
+    units = layout.groups_of(plan.shape, kind) * layout.k_units(plan.shape, kind)
     return layers * units * UNIT_BYTES[plan.shape.format]
 
 
@@ -141,9 +141,9 @@ def _entries(plan: Plan) -> Iterator[Finding]:
     kind, count = t[:, :, KIND], t[:, :, COUNT]
     most = np.zeros(len(NAMES) + 1, np.int64)
     for product in PRODUCTS:
-        most[product] = table.groups_of(shape, product)
+        most[product] = layout.groups_of(shape, product)
     most[ATTEND], most[SAMPLE] = plan.items, plan.rows
-    most[MLP_UP], most[MLP_DOWN] = most[GATE_UP], shape.ffn // table.ROWS
+    most[MLP_UP], most[MLP_DOWN] = most[GATE_UP], shape.ffn // layout.ROWS
     size = np.where(kind == ATTEND, 1, count)
     bad = (kind < 0) | (kind >= len(NAMES)) | (t[:, :, LAYER] < 0) | (t[:, :, LAYER] >= shape.layers)
     bad |= (t[:, :, WAIT] >= len(plan.arrivals)) | (t[:, :, SIGNAL] >= len(plan.arrivals))
@@ -282,7 +282,7 @@ def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
     shape, e = plan.shape, events
     version = e.step * shape.layers + e.layer
     of = {kind: np.flatnonzero(e.kind == kind) for kind in (*range(len(NAMES)), MERGE, IDLE)}
-    per_head = table.groups_of(shape, QKV) // shape.kv_heads
+    per_head = layout.groups_of(shape, QKV) // shape.kv_heads
     head = e.first // plan.parts % shape.kv_heads
     split = e.count & 0xFFFF
     nothing = np.zeros(0, np.int64)
@@ -318,7 +318,7 @@ def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
     def later_layers(chosen: Ints) -> Mask:
         return np.asarray(e.layer[chosen] > 0)
 
-    width, gated = table.groups_of(shape, DOWN), table.groups_of(shape, GATE_UP)
+    width, gated = layout.groups_of(shape, DOWN), layout.groups_of(shape, GATE_UP)
     attend, merge, idle = of[ATTEND], of[MERGE], of[IDLE]
     at_split, idle_split = (e.first[which] * plan.splits + split[which] for which in (attend, idle))
     items = plan.items
@@ -338,7 +338,7 @@ def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
         access("x1", width, [own(OUTPUT)], [whole(GATE_UP, width), whole(MLP_UP, width), own(DOWN)]),
         access(
             "qkv",
-            table.groups_of(shape, QKV),
+            layout.groups_of(shape, QKV),
             [own(QKV)],
             [_Span(attend, head[attend] * per_head, (head[attend] + 1) * per_head)],
         ),
@@ -359,7 +359,7 @@ def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
         access("tickets", items, [own(MERGE)], [_Span(attend, e.first[attend], e.first[attend] + 1, -1)]),
         access("attn", items, [own(MERGE)], [whole(OUTPUT, items)]),
         access("act", gated, [own(MLP_UP if plan.own else GATE_UP)], [whole(DOWN, gated)], ordered=not plan.own),
-        access("rows of the head", table.groups_of(shape, HEAD), [own(HEAD)], [], e.step, ordered=False),
+        access("rows of the head", layout.groups_of(shape, HEAD), [own(HEAD)], [], e.step, ordered=False),
     ]
     blocks, again = plan.blocks, e.step // parities
     for parity in range(min(parities, events.steps)):
@@ -390,7 +390,7 @@ def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
                 )
             )
     if plan.sampled:
-        groups = table.groups_of(shape, HEAD)
+        groups = layout.groups_of(shape, HEAD)
         made.append(access("logits", groups, [own(HEAD)], [whole(SAMPLE, groups)], e.step))
     token = of[TOKEN]
     span = _Span(token, e.agent[token], e.agent[token] + 1)

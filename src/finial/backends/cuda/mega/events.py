@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from finial.backends.cuda.mega import table
-from finial.backends.cuda.mega.table import ATTEND, COUNT, END, FIRST, KIND, LAYER, NAMES, SIGNAL, TARGET, WAIT, Plan
+from finial.backends.cuda.mega import layout
+from finial.backends.cuda.mega.layout import ATTEND, COUNT, END, FIRST, KIND, LAYER, NAMES, SIGNAL, TARGET, WAIT
+from finial.backends.cuda.mega.table import Plan
 
 MERGE = len(NAMES)  # of an attention item, by whoever finishes its last split
 IDLE = MERGE + 1  # a split for which there are no positions: it waits, and does nothing else
@@ -97,7 +98,7 @@ class Events:
     def _merges(self) -> Ints:
         """Entries of who merges: of each layer one an item."""
         plan = self.plan
-        out = np.zeros((plan.shape.layers * plan.items, table.ENTRY), np.int64)
+        out = np.zeros((plan.shape.layers * plan.items, layout.ENTRY), np.int64)
         layer, item = np.divmod(np.arange(len(out)), max(plan.items, 1))
         out[:, KIND], out[:, LAYER], out[:, FIRST], out[:, COUNT] = MERGE, layer, item, 1
         out[:, WAIT], out[:, TARGET] = self.real + np.arange(len(out)), plan.splits

@@ -22,11 +22,12 @@ from finial.backends.cuda import ring as rings
 from finial.backends.cuda.device import Device, Launch, free_all
 from finial.backends.cuda.feeds import Ints, bucket
 from finial.backends.cuda.kernels import Kernel
-from finial.backends.cuda.mega import table
+from finial.backends.cuda.mega import layout, table
 from finial.backends.cuda.mega.check import check
+from finial.backends.cuda.mega.layout import MOST_ROWS, STOPS
 from finial.backends.cuda.mega.shape import Unsuited, recognise
 from finial.backends.cuda.mega.stream import Packer
-from finial.backends.cuda.mega.table import MOST_ROWS, STOPS, Plan, make_plan
+from finial.backends.cuda.mega.table import Plan, make_plan
 from finial.backends.cuda.model import Model
 from finial.backends.cuda.ring import Ring
 from finial.backends.cuda.workspace import Workspace
@@ -70,7 +71,7 @@ class Session:
         self._workspace = Workspace(device)
         keep, d, rows = self._workspace.keep, shape.head_dim, plan.rows
         self._draws = np.zeros((rings.STEPS, rows), np.float64)
-        self._counters = table.counters(shape) * table.COUNTER_STRIDE
+        self._counters = layout.counters(shape) * layout.COUNTER_STRIDE
         self.addresses = {
             "table": self._put(np.ascontiguousarray(plan.table)),
             "caches": self._put(np.array([caches[layer.cache] for layer in mega.recognised.layers], np.uint64)),

@@ -19,9 +19,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from finial.backends.cuda.mega import table
-from finial.backends.cuda.mega.shape import Recognised
-from finial.backends.cuda.mega.table import (
+from finial.backends.cuda.mega import layout
+from finial.backends.cuda.mega.layout import (
     COUNT,
     DOWN,
     FIRST,
@@ -35,8 +34,9 @@ from finial.backends.cuda.mega.table import (
     QKV,
     ROWS,
     UNIT_K,
-    Plan,
 )
+from finial.backends.cuda.mega.shape import Recognised
+from finial.backends.cuda.mega.table import Plan
 from finial.backends.cuda.weights import pack_matrix
 from finial.formats import Tensor
 
@@ -44,7 +44,7 @@ Bytes = NDArray[np.uint8]
 
 
 def matrices(recognised: Recognised, kind: int, layer: int) -> tuple[str, ...]:
-    """The names of a product's matrices, as `table.row_order` counts them."""
+    """The names of a product's matrices, as `layout.row_order` counts them."""
     names = recognised.layers[layer]
     return {
         QKV: names.qkv,
@@ -67,10 +67,10 @@ class Packer:
     def __init__(self, plan: Plan, recognised: Recognised, weights: Mapping[str, Tensor]) -> None:
         self._plan, self._recognised, self._weights = plan, recognised, weights
         self._shape = plan.shape
-        self._offsets, self._stride, self._after, total = table.vectors(plan.shape)
+        self._offsets, self._stride, self._after, total = layout.vectors(plan.shape)
         self._vectors = np.zeros(total, np.float32)
         self._whole: tuple[Tensor | None, Bytes] = None, np.zeros((0, 0), np.uint8)
-        self._orders = {kind: table.row_order(plan.shape, kind) for kind in table.PRODUCTS}
+        self._orders = {kind: layout.row_order(plan.shape, kind) for kind in layout.PRODUCTS}
 
     def pieces(self) -> Iterator[tuple[int, Bytes]]:
         """(where, from the first block's stream; bytes), matrix by matrix."""
@@ -90,7 +90,7 @@ class Packer:
             yield where, self._entry(kind, layer, tensors, int(entry[FIRST]), int(entry[COUNT]))
 
     def vectors(self) -> NDArray[np.float32]:
-        """What `table.vectors` lays out; scales of fp8 rows are there once all pieces were taken."""
+        """What `layout.vectors` lays out; scales of fp8 rows are there once all pieces were taken."""
         for layer, names in enumerate(self._recognised.layers):
             self._put("attn_norm", layer, self._floats(names.attn_norm))
             self._put("mlp_norm", layer, self._floats(names.mlp_norm))
@@ -121,7 +121,7 @@ class Packer:
             return self._octets(layer, tensors[0], first, count)
         kind = GATE_UP if kind == MLP_UP else kind
         order = self._orders[kind][first * ROWS : (first + count) * ROWS]
-        k_units, format = table.k_units(self._shape, kind), self._shape.format
+        k_units, format = layout.k_units(self._shape, kind), self._shape.format
         rows = _rows(tensors, order)
         if format == "fp8":
             k = tensors[0].shape[1]
@@ -137,7 +137,7 @@ class Packer:
         if format == "bf16":
             return _units(rows, count, k_units, 2 * UNIT_K).reshape(-1)
         raw = _by_unit(rows, count, k_units, 2 + UNIT_K)  # an f16, then 32 int8
-        out = np.empty((count, k_units, table.UNIT_BYTES["q8_0"]), np.uint8)
+        out = np.empty((count, k_units, layout.UNIT_BYTES["q8_0"]), np.uint8)
         split = ROWS * UNIT_K
         weights, scales = (part.reshape(count, k_units, ROWS, -1) for part in (out[:, :, :split], out[:, :, split:]))
         assert np.shares_memory(weights, out) and np.shares_memory(scales, out)
@@ -157,7 +157,7 @@ class Packer:
         else:
             data, size = tensor.data.view(np.uint8).reshape(rows, -1), 2
         part = data[:, first * ROWS * size : (first + count) * ROWS * size]
-        return _units(part, table.down_groups(self._shape), count, ROWS * size).reshape(-1)
+        return _units(part, layout.down_groups(self._shape), count, ROWS * size).reshape(-1)
 
 
 def _rows(tensors: list[Tensor], order: NDArray[np.int64]) -> Bytes:

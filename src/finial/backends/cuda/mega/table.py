@@ -1,15 +1,14 @@
-"""The phase table: which block computes which rows, what it waits for and what it signals; and how memory is laid out.
+"""The phase table: which block computes which rows, what it waits for, what it signals; what shared memory holds.
 
-Everything that the kernel and its host must agree on stands here; kernels/cuda/mega.cuh has the same numbers.  Knows
-shapes; nothing of graphs, weights and devices.
+Knows shapes and layouts; nothing of graphs, weights and devices.
 
     plan = make_plan(shape, rows=1, multiprocessors=132, shared=227 << 10)
     plan.table[block]; kernel(plan, page_size=32)
 
 A step is a list of phases, each shared out over the blocks: for every layer QKV, ATTEND, OUTPUT, GATE_UP and DOWN,
 then HEAD, SAMPLE where tokens are drawn, and TOKEN.  Products go by row groups of 8 weight rows, in the order of
-`row_order`.  With `fused_mlp` a block's rows of gate·up make neurons that nobody else sees (MLP_UP), and it adds their
-part of down to everybody's rows (MLP_DOWN): one wait less a layer, and sums in the order of arrival.
+`layout.row_order`.  With `fused_mlp` a block's rows of gate·up make neurons that nobody else sees (MLP_UP), and it adds
+their part of down to everybody's rows (MLP_DOWN): one wait less a layer, and sums in the order of arrival.
 """
 
 from __future__ import annotations
@@ -21,130 +20,46 @@ from numpy.typing import NDArray
 
 from finial.backends.cuda import kernels
 from finial.backends.cuda.kernels import Kernel, heads_at_once
+from finial.backends.cuda.mega.layout import (
+    ATTEND,
+    COUNT,
+    DOWN,
+    END,
+    ENTRY,
+    GATE_UP,
+    HEAD,
+    KIND,
+    MLP_DOWN,
+    MLP_UP,
+    MOST_ROWS,
+    MOST_SPLITS,
+    NAMES,
+    NOTHING,
+    OUTPUT,
+    PRODUCTS,
+    QKV,
+    ROWS,
+    SAMPLE,
+    STAGES,
+    TARGET,
+    TOKEN,
+    UNIT_BYTES,
+    WAIT,
+    Numbers,
+    counter,
+    counters,
+    down_groups,
+    groups_of,
+    k_units,
+    octet_bytes,
+    product_size,
+)
 from finial.backends.cuda.mega.shape import MegaShape, Unsuited
-
-Numbers = int | NDArray[np.int64]
-
-# Kinds of entries.
-QKV, ATTEND, OUTPUT, GATE_UP, DOWN, HEAD, SAMPLE, TOKEN, MLP_UP, MLP_DOWN = range(10)
-END = -1
-NAMES = ("QKV", "ATTEND", "OUTPUT", "GATE_UP", "DOWN", "HEAD", "SAMPLE", "TOKEN", "MLP_UP", "MLP_DOWN")
-PRODUCTS = (QKV, OUTPUT, GATE_UP, DOWN, HEAD)
-# Fields of an entry, int32 each.
-KIND, LAYER, FIRST, COUNT, WAIT, TARGET, SIGNAL, STAGES = range(8)
-ENTRY = 8
-NOTHING = -1  # instead of a counter
-
-COUNTER_STRIDE = 32  # u32 from one counter to the next: a line of memory each
-ROWS = 8  # weight rows of a group
-UNIT_K = 32  # weights of each of them in a unit
-UNIT_BYTES = {"bf16": 512, "fp8": 256, "q8_0": 272}
-MOST_ROWS = 8  # sequences of a step
-MOST_SPLITS = 32
-STOPS = 8  # tokens that may end a row
 
 STATE_SHARED = 4 << 10  # for barriers, rows and sums of squares, after everything else
 RESERVED_SHARED = 1 << 10  # of every block, by the system (CUDA C++ programming guide, from 8.0)
 STAGE_BYTES = 16 << 10  # about this much is copied at once
 LEAST_STAGES = 3
-
-
-def row_order(shape: MegaShape, kind: int) -> NDArray[np.int64]:
-    """Where each row of a product comes from, in the order in which the table counts rows: int64 [rows, 2].
-
-    Column 0: which matrix (of q, k, v for QKV, of gate and up for GATE_UP, else the one there is); 1: its row.
-    """
-    rows = np.zeros((product_size(shape, kind)[0], 2), np.int64)
-    if kind == QKV:  # head by head: its queries, its key, its value
-        d, group = shape.head_dim, shape.group
-        by_head = rows.reshape(shape.kv_heads, group + 2, d, 2)
-        by_head[:, :group, :, 1] = np.arange(shape.heads * d).reshape(shape.kv_heads, group, d)
-        for which in (1, 2):
-            by_head[:, group + which - 1, :, 0] = which
-            by_head[:, group + which - 1, :, 1] = np.arange(shape.kv_heads * d).reshape(shape.kv_heads, d)
-    elif kind == GATE_UP:  # in turn
-        rows[1::2, 0] = 1
-        rows[:, 1] = np.arange(len(rows)) // 2
-    else:
-        rows[:, 1] = np.arange(len(rows))
-    return rows
-
-
-def product_size(shape: MegaShape, kind: int) -> tuple[int, int]:
-    """(rows, k) of a product."""
-    return {
-        QKV: (shape.qkv_rows, shape.width),
-        OUTPUT: (shape.width, shape.heads * shape.head_dim),
-        GATE_UP: (2 * shape.ffn, shape.width),
-        DOWN: (shape.width, shape.ffn),
-        HEAD: (shape.vocab, shape.width),
-    }[kind]
-
-
-def groups_of(shape: MegaShape, kind: int) -> int:
-    """Row groups of a product."""
-    return -(-product_size(shape, kind)[0] // ROWS)
-
-
-def k_units(shape: MegaShape, kind: int) -> int:
-    """Units of a row group."""
-    return -(-product_size(shape, kind)[1] // UNIT_K)
-
-
-# --- counters ---------------------------------------------------------------------------------------------------------
-
-
-def counter(shape: MegaShape, kind: int, layer: int = 0, head: int = 0) -> int:
-    """The number of the counter that a phase signals: one a key/value head for QKV, one a layer, one a step."""
-    per = shape.kv_heads + 4
-    if kind == QKV:
-        return layer * per + head
-    if kind in (ATTEND, OUTPUT, GATE_UP, DOWN):
-        return layer * per + shape.kv_heads + (ATTEND, OUTPUT, GATE_UP, DOWN).index(kind)
-    return shape.layers * per + (HEAD, SAMPLE).index(kind)
-
-
-def counters(shape: MegaShape) -> int:
-    """How many there are."""
-    return counter(shape, SAMPLE) + 1
-
-
-# --- constants of the model beside its matrices -----------------------------------------------------------------------
-
-
-def vectors(shape: MegaShape) -> tuple[dict[str, int], int, dict[str, int], int]:
-    """Offsets in floats: of a layer's vectors, the stride from layer to layer, of those after the layers, and the sum.
-
-    What a model has none of has no room.  Vectors of rows are in the order of the table's rows.
-    """
-
-    def rows(kind: int) -> int:
-        return groups_of(shape, kind) * ROWS
-
-    scales, d = shape.format == "fp8", shape.head_dim
-    layer = {
-        "attn_norm": shape.width,
-        "mlp_norm": shape.width,
-        "q_norm": d if shape.normed else 0,
-        "k_norm": d if shape.normed else 0,
-        "qkv_bias": rows(QKV) if shape.bias else 0,
-        "qkv_scales": rows(QKV) if scales else 0,
-        "o_scales": rows(OUTPUT) if scales else 0,
-        "gate_up_scales": rows(GATE_UP) if scales else 0,
-        "down_scales": rows(DOWN) if scales else 0,
-    }
-    after = {"final_norm": shape.width, "head_scales": rows(HEAD) if scales else 0}
-    offsets, stride = _offsets(layer, 0)
-    after_offsets, total = _offsets(after, shape.layers * stride)
-    return offsets, stride, after_offsets, total
-
-
-def _offsets(sizes: dict[str, int], at: int) -> tuple[dict[str, int], int]:
-    offsets = {}
-    for name, size in sizes.items():
-        offsets[name] = at
-        at += -(-size // 4) * 4  # 16-byte loads
-    return offsets, at
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
@@ -337,16 +252,6 @@ def _units(shape: MegaShape, table: NDArray[np.int32]) -> NDArray[np.int64]:
     per_group[MLP_UP] = k_units(shape, GATE_UP)
     units: NDArray[np.int64] = per_group[table[:, :, KIND]] * table[:, :, COUNT]
     return units
-
-
-def octet_bytes(shape: MegaShape) -> int:
-    """Of 8 rows by 8 neurons of down."""
-    return UNIT_BYTES[shape.format] // 4
-
-
-def down_groups(shape: MegaShape) -> int:
-    """Row groups of down, all of which every block has for its own neurons."""
-    return groups_of(shape, DOWN)
 
 
 def terms_of(rows: int) -> int:
