@@ -25,11 +25,11 @@ from finial.lab.checks import check, value
 from finial.lab.engines.setup import SetupError, make_file, missing
 from finial.lab.engines.table import ADAPTERS, ENGINES, Engine, Places, make_command
 from finial.lab.estimate import estimate
-from finial.lab.probes.memory import MemoryProbe
+from finial.lab.probes.memory import MemoryProbe, held
 from finial.lab.record import SCHEMA, Cell, Reading, Record, Row, Sample, schema
 from finial.lab.report.markdown import render
 from finial.lab.roofline import Floor, peak_for
-from finial.lab.runner import Runner, held
+from finial.lab.runner import Runner
 from finial.lab.statistics import exponent, median_interval, paired_ratio, spread, unpaired_ratio
 from finial.lab.verdicts import Judge
 from finial.lab.worker import Worker, WorkerError

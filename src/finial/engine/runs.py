@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,7 +83,6 @@ class Runs:
         steps = self._scheduler.reserve([c.sequence for c in plan], left, min(steps, MOST, max(left)))
         if steps < 2:
             return None
-        chosen: RunsAhead = executable  # type: ignore[assignment]
         params = [handles[chunk.sequence].params for chunk in plan]
         numbers = np.zeros((steps, len(plan)))
         for row, chunk in enumerate(plan):
@@ -97,7 +96,7 @@ class Runs:
             np.minimum(left, steps).astype(np.int32),
         )
         sequences = [chunk.sequence for chunk in plan]
-        started = chosen.ahead(builder.build(plan), ahead)
+        started = cast(RunsAhead, executable).ahead(builder.build(plan), ahead)
         if started is None:
             self._trim(sequences)
             return None

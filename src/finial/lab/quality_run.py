@@ -20,7 +20,7 @@ import numpy as np
 from finial.errors import FinialError, ModelError, RequestError
 from finial.files.checkpoint import Checkpoint, open_checkpoint
 from finial.lab.engines.setup import missing
-from finial.lab.engines.table import ENGINES, Places
+from finial.lab.engines.table import ENGINES, Engine, Places
 from finial.lab.quality import GREEDY, Quality, Scored, Written, assess
 from finial.lab.quality_texts import SAMPLED, WINDOW, Text, file_text, passage_text, sampled_text
 from finial.lab.worker import Worker, WorkerError
@@ -149,22 +149,31 @@ def open_reference(
     if kind == "cpu" and format is not None:
         raise ModelError(f"the rounding of {format} alone needs the reference backend", fix="use --reference reference")
     options = {"backend": kind, "kv_format": "f32", "format": "f32" if kind == "cpu" else format}
-    worker, _, _ = open_worker(
-        OWN.command(Places(Path(), Path())),  # it is found without either
-        OWN.process_environment(threads),
+    given = {name: value for name, value in options.items() if value is not None}
+    worker, _ = _in_float32(OWN, Places(Path(), Path()), model, threads, context, given)  # found without either
+    described = {
+        "reference": "finial's reference backend (NumPy), float32 throughout",
+        "cpu": "finial's cpu backend with weights, KV cache and sums in float32",
+    }
+    return Reference(worker, described[kind])
+
+
+def _in_float32(
+    engine: Engine, places: Places, model: Path, threads: int, context: int, options: dict[str, Any]
+) -> tuple[Worker, dict[str, Any]]:
+    """An engine's process with the model loaded for one sequence, and what it said of that."""
+    worker, _, loaded = open_worker(
+        engine.command(places),
+        engine.process_environment(threads),
         model=str(model),
         format="f32",
         threads=threads,
         context=context,
         sequences=1,
         cache=True,
-        options={name: value for name, value in options.items() if value is not None},
+        options=options,
     )
-    described = {
-        "reference": "finial's reference backend (NumPy), float32 throughout",
-        "cpu": "finial's cpu backend with weights, KV cache and sums in float32",
-    }
-    return Reference(worker, described[kind])
+    return worker, loaded
 
 
 def open_transformers(model: Path, places: Places, threads: int = 2, context: int = WINDOW + GREEDY) -> Reference:
@@ -177,17 +186,7 @@ def open_transformers(model: Path, places: Places, threads: int = 2, context: in
     reason = missing(engine, places)
     if reason:
         raise WorkerError(f"{engine.name}: {reason}")
-    worker, _, loaded = open_worker(
-        engine.command(places),
-        engine.process_environment(threads),
-        model=str(model),
-        format="f32",
-        threads=threads,
-        context=context,
-        sequences=1,
-        cache=True,
-        options={},
-    )
+    worker, loaded = _in_float32(engine, places, model, threads, context, {})
     return Reference(worker, f"{loaded['version']} in float32")
 
 

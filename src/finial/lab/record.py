@@ -17,7 +17,7 @@ import msgspec
 
 from finial.errors import FileError
 from finial.lab.roofline import Floor
-from finial.lab.workloads import Workload
+from finial.lab.workloads import Group, Workload
 
 SCHEMA = 2
 MAX_BYTES = 256 << 20  # of a record that is read
@@ -270,6 +270,24 @@ class Record:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+
+def cells_of(data: Data, group: Group) -> list[Cell]:
+    """A group's cells that are there."""
+    return [cell for key, cell in data.cells.items() if key.startswith(f"{group.key}/")]
+
+
+def unjudged(data: Data, group: Group) -> list[str]:
+    """Rows of a group that have numbers and no verdict yet."""
+    judged = data.verdicts.get(f"{group.model}/{group.format}", {})
+    names = dict.fromkeys(name for cell in cells_of(data, group) for name, row in cell.engines.items() if row.samples)
+    return [name for name in names if name not in judged]
+
+
+def reject(row: Row, status: str, reason: str) -> None:
+    """Take a row's numbers away."""
+    row.status, row.reason, row.energy = status, reason, None
+    row.discarded, row.samples = row.discarded + len(row.samples), []
 
 
 def schema() -> str:

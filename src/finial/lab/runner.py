@@ -24,9 +24,9 @@ from finial.lab.checks import check, value
 from finial.lab.engines.setup import SetupError, make_file, missing
 from finial.lab.engines.table import Engine, Places
 from finial.lab.limits import taken_seconds
-from finial.lab.probes.energy import Meter, idle
-from finial.lab.probes.memory import MemoryProbe, parts
-from finial.lab.record import Cell, Data, Energy, Reading, Record, Row, Sample, Verdict
+from finial.lab.probes.energy import Meter, idle_watts
+from finial.lab.probes.memory import MemoryProbe, held
+from finial.lab.record import Cell, Energy, Reading, Record, Row, Sample, Verdict, cells_of, reject, unjudged
 from finial.lab.roofline import Floor
 from finial.lab.verdicts import Judge
 from finial.lab.worker import Worker, WorkerError
@@ -474,52 +474,12 @@ class Runner:
         return held(told, MemoryProbe(worker.pid))
 
 
-def held(told: dict[str, Any], probe: MemoryProbe) -> dict[str, int | None]:
-    """What an engine said of its memory, and what its processes are seen to hold; the rest of a peak is workspace."""
-    probe.sample()
-    seen = probe.peak()
-    found: dict[str, int | None] = {name: told[name] for name in told if name.endswith("_bytes")}
-    # Nobody says what a server's processes hold: its adapter's are not it.
-    if found.get("peak_bytes") and seen.process_bytes is not None:
-        found["peak_bytes"] = max(found["peak_bytes"] or 0, seen.process_bytes)
-    if found.get("device_peak_bytes") is None and seen.device_bytes:
-        found["device_peak_bytes"] = seen.device_bytes
-    on = found.get("device_peak_bytes") or found.get("peak_bytes")
-    if found.get("workspace_bytes") is None:
-        found["workspace_bytes"] = parts(on, found.get("weight_bytes"), found.get("kv_bytes")).workspace_bytes
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def cells_of(data: Data, group: Group) -> list[Cell]:
-    """A group's cells that are there."""
-    return [cell for key, cell in data.cells.items() if key.startswith(f"{group.key}/")]
-
-
-def unjudged(data: Data, group: Group) -> list[str]:
-    """Rows of a group that have numbers and no verdict yet."""
-    judged = data.verdicts.get(f"{group.model}/{group.format}", {})
-    names = dict.fromkeys(name for cell in cells_of(data, group) for name, row in cell.engines.items() if row.samples)
-    return [name for name in names if name not in judged]
-
-
 def _said(verdict: Verdict) -> str:
     if verdict.error:
         return f"none: {verdict.error}"
     about = "tokens alone" if verdict.kl_mean is None else f"KL {verdict.kl_mean:.1e}"
     about += "" if verdict.top1 is None else f", top-1 {verdict.top1:.1%}"
     return about + "".join(f"; {flaw}" for flaw in verdict.flaws)
-
-
-def idle_watts(meter: Meter, seconds: float) -> dict[str, float]:
-    """By counter, while nothing is asked of anybody; empty where the counters ran backwards."""
-    found = idle(meter, seconds, time.sleep)
-    return {name: joules / found.seconds for name, joules in found.gross_j.items()}
-
-
-def reject(row: Row, status: str, reason: str) -> None:
-    """Take a row's numbers away."""
-    row.status, row.reason, row.energy = status, reason, None
-    row.discarded, row.samples = row.discarded + len(row.samples), []
 
 
 def native_hash() -> str | None:

@@ -20,8 +20,7 @@ from finial.lab.engines.table import server
 from finial.lab.limits import busy
 from finial.lab.open_loop import Load, cell, words
 from finial.lab.quality_run import open_worker
-from finial.lab.record import Record, Verdict
-from finial.lab.runner import reject
+from finial.lab.record import Record, Verdict, reject
 from finial.lab.session import CACHE, Model, version
 from finial.lab.verdicts import GREEDY, WINDOW, Judge
 from finial.lab.worker import WorkerError

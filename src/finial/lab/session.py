@@ -29,11 +29,11 @@ from finial.lab.engines.table import ENGINES, Engine, Places, find
 from finial.lab.estimate import estimate, workload_seconds
 from finial.lab.limits import Probe, busy
 from finial.lab.plan import Plan
-from finial.lab.probes.energy import Meter, open_meter
+from finial.lab.probes.energy import Meter, idle_watts, open_meter
 from finial.lab.probes.state import read_state, warnings
 from finial.lab.quality_run import REFERENCES, TEXTS
-from finial.lab.record import Record
-from finial.lab.runner import IDLE_S, WINDOW_S, Runner, idle_watts, unjudged
+from finial.lab.record import Record, unjudged
+from finial.lab.runner import IDLE_S, WINDOW_S, Runner
 from finial.lab.verdicts import Judge
 from finial.lab.workloads import DEMO, Group
 from finial.machine import Sources, describe, probe_energy

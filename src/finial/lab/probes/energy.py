@@ -12,6 +12,7 @@ import os
 import plistlib
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -130,6 +131,12 @@ def idle(meter: Meter, seconds: float, sleep: Callable[[float], None]) -> Energy
     before = meter.read()
     sleep(seconds)
     return meter.used(before, meter.read())
+
+
+def idle_watts(meter: Meter, seconds: float) -> dict[str, float]:
+    """By counter, while nothing is asked of anybody; empty where the counters ran backwards."""
+    found = idle(meter, seconds, time.sleep)
+    return {name: joules / found.seconds for name, joules in found.gross_j.items()}
 
 
 @dataclass

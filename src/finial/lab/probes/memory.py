@@ -183,6 +183,22 @@ class FakeMemory:
         return Peak(self._most, "fake", self.device, self._samples)
 
 
+def held(told: dict[str, Any], probe: MemoryProbe) -> dict[str, int | None]:
+    """What an engine said of its memory, and what its processes are seen to hold; the rest of a peak is workspace."""
+    probe.sample()
+    seen = probe.peak()
+    found: dict[str, int | None] = {name: told[name] for name in told if name.endswith("_bytes")}
+    # Nobody says what a server's processes hold: its adapter's are not it.
+    if found.get("peak_bytes") and seen.process_bytes is not None:
+        found["peak_bytes"] = max(found["peak_bytes"] or 0, seen.process_bytes)
+    if found.get("device_peak_bytes") is None and seen.device_bytes:
+        found["device_peak_bytes"] = seen.device_bytes
+    on = found.get("device_peak_bytes") or found.get("peak_bytes")
+    if found.get("workspace_bytes") is None:
+        found["workspace_bytes"] = parts(on, found.get("weight_bytes"), found.get("kv_bytes")).workspace_bytes
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def tree(pid: int, sources: Sources) -> list[int]:
     """A process and all below it, by /proc; those that end while one looks are left out."""
     tasks = sources.proc / str(pid) / "task"

@@ -71,7 +71,6 @@ class Session:
         self._workspace = Workspace(device)
         keep, d, rows = self._workspace.keep, shape.head_dim, plan.rows
         self._draws = np.zeros((rings.STEPS, rows), np.float64)
-        self._counters = layout.counters(shape) * layout.COUNTER_STRIDE
         self.addresses = {
             "table": self._put(np.ascontiguousarray(plan.table)),
             "caches": self._put(np.array([caches[layer.cache] for layer in mega.recognised.layers], np.uint64)),
@@ -83,7 +82,7 @@ class Session:
             "act": keep(4 * rows * shape.ffn),
             "parts": keep(4 * plan.items * plan.splits * plan.heads * (d + 2)),
             "tickets": keep(4 * plan.items),
-            "counters": keep(4 * self._counters),
+            "counters": keep(4 * layout.counters(shape) * layout.COUNTER_STRIDE),
             "candidates": keep(8 * 2 * plan.blocks * rows),
             "logits": keep(4 * rows * shape.vocab if plan.sampled else 0),
             "tokens": keep(4 * 2 * rows),
