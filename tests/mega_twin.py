@@ -89,6 +89,8 @@ class MegaTwin:
         made: Plan | None = None,
         base: int = BASE,
         fused_mlp: bool = False,
+        by_head: bool = False,
+        whole: bool = False,
     ) -> None:
         self.model, self.rows = model, rows
         shape = model.found.shape
@@ -101,6 +103,8 @@ class MegaTwin:
             warps=warps,
             stage_bytes=stage_bytes,
             fused_mlp=fused_mlp,
+            by_head=by_head,
+            whole=whole,
         )
         self.kernel = table.kernel(self.plan, PAGE, bulk=bulk, least=least)
         self.device = TwinDevice(arena=arena, seed=seed, base=base)
@@ -120,7 +124,7 @@ class MegaTwin:
             self.device.upload(address, np.full(cache_bytes, 0xFF, np.uint8))  # NaN where nothing was written
         self._caches, self._cache_bytes = caches, cache_bytes
         d, f32 = shape.head_dim, np.float32
-        parts = plan.items * plan.splits * plan.heads * (d + 2)
+        parts = plan.parts_bytes // 4
         self.addresses = {
             "table": put(plan.table[: plan.blocks]),
             "streams": put(streams),

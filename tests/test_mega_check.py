@@ -14,11 +14,15 @@ from finial.backends.cuda.mega import table
 from finial.backends.cuda.mega.check import check
 from finial.backends.cuda.mega.layout import (
     ATTEND,
+    ATTENDS,
+    ATTENDS_AND_KEEPS,
     COUNT,
     DOWN,
     END,
     FIRST,
     GATE_UP,
+    GROUP_ATTEND,
+    GROUP_OUTPUT,
     HEAD,
     KIND,
     LAYER,
@@ -48,6 +52,18 @@ def test_real_models_on_132_multiprocessors(name: str) -> None:
     assert check(make_plan(REAL[name], rows=1, multiprocessors=132, shared=SHARED[90])) == []
 
 
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("name", ["Qwen3-0.6B", "Qwen2.5-0.5B"])
+def test_head_groups_of_real_models(name: str, whole: bool) -> None:
+    """Three hand-offs a layer, or four where attention is split; with groups of seven queries too."""
+    shape, options = REAL[name], {"multiprocessors": 132, "shared": SHARED[90], "fused_mlp": True, "by_head": True}
+    made = make_plan(shape, rows=2, whole=whole, **options)  # type: ignore[arg-type]
+    assert check(made) == []
+    waits = {int(c) for c in made.table[:, :, WAIT].flat if 0 <= c}
+    per_layer = len([c for c in waits if c // (shape.kv_heads + 4) == 1])
+    assert per_layer == 3 if whole else per_layer == 3 + shape.kv_heads  # a counter for each head of QKV
+
+
 @pytest.mark.parametrize(
     "rows, multiprocessors, sampled", [(8, 132, True), (2, 40, False), (4, 170, True), (3, 78, True)]
 )
@@ -74,11 +90,13 @@ def plans(draw: st.DrawFn) -> Plan:
     )
     options = {
         "fused_mlp": shape.format != "q8_0" and shape.ffn % 8 == 0 and draw(st.booleans()),
+        "by_head": draw(st.booleans()),
         "rows": draw(st.integers(1, 8)),
         "multiprocessors": draw(st.integers(1, 8) | st.integers(40, 170)),
         "sampled": draw(st.booleans()),
         "warps": draw(st.sampled_from([2, 4, 8])),
     }
+    options["whole"] = options["by_head"] and draw(st.booleans())
     try:
         return make_plan(shape, shared=SHARED[90], **options)
     except Unsuited:  # x of many wide rows
@@ -101,6 +119,14 @@ SHAPES = {
     "greedy": make_plan(replace(SMALL, kv_heads=4, heads=8), rows=2, multiprocessors=13, shared=SHARED[86], warps=2),
     "sampled": make_plan(replace(SMALL, layers=3), rows=3, multiprocessors=5, shared=SHARED[86], sampled=True),
     "fused": make_plan(SMALL, rows=2, multiprocessors=7, shared=SHARED[86], warps=2, fused_mlp=True),
+    "by head": make_plan(
+        replace(SMALL, kv_heads=3, heads=15, width=72),  # groups of three and two heads
+        **{"rows": 2, "multiprocessors": 8, "shared": SHARED[86], "warps": 2},
+        **{"fused_mlp": True, "by_head": True, "whole": True},
+    ),
+    "split by head": make_plan(
+        replace(SMALL, format="q8_0", width=72), rows=2, multiprocessors=3, shared=SHARED[86], warps=2, by_head=True
+    ),
     "idle": make_plan(replace(SMALL, layers=1, vocab=1600), rows=1, multiprocessors=170, shared=SHARED[90]),
 }
 
@@ -126,8 +152,10 @@ def set_all(made: Plan, field: int, value: Callable[[np.ndarray], int | None], *
             yield changed(made, (block, at, field, new))
 
 
-STREAMING = (*PRODUCTS, MLP_UP, MLP_DOWN)
-ANY = (*STREAMING, ATTEND, SAMPLE, TOKEN)
+STREAMING = (*PRODUCTS, MLP_UP, MLP_DOWN, GROUP_OUTPUT)
+ANY = (*STREAMING, ATTEND, GROUP_ATTEND, SAMPLE, TOKEN)
+
+SIGNALLING = (*PRODUCTS, MLP_DOWN, GROUP_OUTPUT, ATTEND, SAMPLE)
 
 
 def needed_waits(made: Plan) -> list[tuple[int, int]]:
@@ -154,14 +182,16 @@ def one_phase_too_early(made: Plan) -> Iterator[Plan]:
         earlier = {
             QKV: lambda layer: counter(shape, OUTPUT if made.own else GATE_UP, layer - 1),
             OUTPUT: lambda layer: counter(shape, QKV, layer, 0),
-            GATE_UP: lambda layer: counter(shape, ATTEND, layer),
-            MLP_UP: lambda layer: counter(shape, ATTEND, layer),
+            GROUP_OUTPUT: lambda layer: counter(shape, QKV, layer, 0),
+            GROUP_ATTEND: lambda layer: counter(shape, DOWN, layer - 1),
+            GATE_UP: lambda layer: counter(shape, *((QKV, layer, 0) if made.whole else (ATTEND, layer))),
+            MLP_UP: lambda layer: counter(shape, *((QKV, layer, 0) if made.whole else (ATTEND, layer))),
             DOWN: lambda layer: counter(shape, OUTPUT, layer),
             HEAD: lambda layer: counter(shape, OUTPUT if made.own else GATE_UP, shape.layers - 1),
             SAMPLE: lambda layer: counter(shape, DOWN, shape.layers - 1),
             TOKEN: lambda layer: counter(shape, HEAD if made.sampled else DOWN, 0),
         }
-        if kind in earlier:
+        if kind in earlier and (kind != GROUP_ATTEND or layer > 0):
             wrong = earlier[kind](layer)
             yield changed(made, (block, at, WAIT, wrong), (block, at, TARGET, int(made.arrivals[wrong])))
 
@@ -182,13 +212,11 @@ def wrong_target(made: Plan) -> Iterator[Plan]:
 
 
 def dropped_signal(made: Plan) -> Iterator[Plan]:
-    yield from set_all(made, SIGNAL, lambda e: -1, *PRODUCTS, MLP_DOWN, ATTEND, SAMPLE)
+    yield from set_all(made, SIGNAL, lambda e: -1, *SIGNALLING)
 
 
 def wrong_signal(made: Plan) -> Iterator[Plan]:
-    yield from set_all(
-        made, SIGNAL, lambda e: (int(e[SIGNAL]) + 1) % len(made.arrivals), *PRODUCTS, MLP_DOWN, ATTEND, SAMPLE
-    )
+    yield from set_all(made, SIGNAL, lambda e: (int(e[SIGNAL]) + 1) % len(made.arrivals), *SIGNALLING)
 
 
 def lost_row(made: Plan) -> Iterator[Plan]:
@@ -233,11 +261,17 @@ def another_split(made: Plan) -> Iterator[Plan]:
     """A split of an attention item twice and another one never, or of an item that there is not."""
     yield from set_all(made, FIRST, lambda e: (int(e[FIRST]) + 1) % made.items if made.items > 1 else None, ATTEND)
     yield from set_all(made, COUNT, lambda e: int(e[COUNT]) + 1, ATTEND)
+    yield from set_all(made, FIRST, lambda e: (int(e[FIRST]) + 1) % (made.shape.kv_heads * made.parts), GROUP_ATTEND)
+
+
+def another_keeps(made: Plan) -> Iterator[Plan]:
+    """Nobody puts a head's new key and value into the cache, or two blocks do."""
+    yield from set_all(made, COUNT, lambda e: ATTENDS + ATTENDS_AND_KEEPS - int(e[COUNT]), GROUP_ATTEND)
 
 
 def another_layers_rows(made: Plan) -> Iterator[Plan]:
     layers = made.shape.layers
-    kinds = (QKV, ATTEND, OUTPUT, GATE_UP, DOWN, MLP_UP, MLP_DOWN)
+    kinds = (QKV, ATTEND, OUTPUT, GATE_UP, DOWN, MLP_UP, MLP_DOWN, GROUP_ATTEND, GROUP_OUTPUT)
     yield from set_all(made, LAYER, lambda e: (int(e[LAYER]) + 1) % max(layers, 2), *kinds)
 
 
@@ -266,16 +300,19 @@ FAULTS: dict[str, tuple[Callable[[Plan], Iterator[Plan]], set[str]]] = {
     "swapped entries": (swapped_entries, {"deadlock", "entry"}),
     "stage count off by one": (stages_off_by_one, {"ring"}),
     "another split": (another_split, {"rows", "entry"}),
+    "another keeps": (another_keeps, {"rows"}),
     "another layer's rows": (another_layers_rows, {"rows", "entry"}),
     "no end": (no_end, {"entry"}),
     "another ring": (another_ring, {"ring"}),
 }
 
 
-WHERE = [(fault, shape) for fault in FAULTS for shape in SHAPES if (fault, shape) != ("wait for another layer", "idle")]
+NOT_THERE = {("wait for another layer", "idle")}  # it has only one layer
+NOT_THERE |= {("another keeps", shape) for shape in SHAPES if not SHAPES[shape].whole}
+WHERE = [(fault, shape) for fault in FAULTS for shape in SHAPES if (fault, shape) not in NOT_THERE]
 
 
-@pytest.mark.parametrize("fault, shape", WHERE)  # that shape has only one layer
+@pytest.mark.parametrize("fault, shape", WHERE)
 def test_every_fault_is_found(fault: str, shape: str) -> None:
     """Put into the table in each place where it can be, up to 40 of them."""
     make, kinds = FAULTS[fault]

@@ -22,26 +22,39 @@ from finial.backends.cuda.mega.table import make_plan
 from test_mega_table import REAL, SHARED
 
 MOST_REGISTERS = 168
-# capability -> of the models: (name, format, cache, rows, tokens are drawn, gate·up and down are one phase)
+# Phases in one: gate·up and down in b, attention and the product after it too in c, which deep rows split again.
+VARIANTS = {
+    "a": {},
+    "b": {"fused_mlp": True},
+    "c": {"fused_mlp": True, "by_head": True, "whole": True},
+    "c, split": {"fused_mlp": True, "by_head": True},
+}
+# capability -> of the models: (name, format, cache, rows, tokens are drawn, variant)
 CHOSEN = {
-    80: [("Qwen3-0.6B", "bf16", "bf16", 1, False, False), ("Llama-3.2-1B", "fp8", "bf16", 2, False, True)],
-    86: [("Llama-3.2-1B", "q8_0", "q8_0", 1, False, False)],
-    89: [("Qwen2.5-1.5B", "fp8", "bf16", 1, True, False)],
+    80: [("Qwen3-0.6B", "bf16", "bf16", 1, False, "a"), ("Llama-3.2-1B", "fp8", "bf16", 2, False, "c")],
+    86: [("Llama-3.2-1B", "q8_0", "q8_0", 1, False, "a"), ("Qwen3-0.6B", "bf16", "bf16", 1, False, "c")],
+    89: [("Qwen2.5-1.5B", "fp8", "bf16", 1, True, "a"), ("Qwen2.5-0.5B", "fp8", "q8_0", 2, False, "c")],
     90: [
-        ("Qwen3-0.6B", "bf16", "bf16", 1, False, False),
-        ("Qwen2.5-1.5B", "q8_0", "bf16", 2, True, False),
-        ("Qwen3-0.6B", "fp8", "q8_0", 8, False, False),
-        ("Qwen3-0.6B", "bf16", "bf16", 1, False, True),
+        ("Qwen3-0.6B", "bf16", "bf16", 1, False, "a"),
+        ("Qwen2.5-1.5B", "q8_0", "bf16", 2, True, "a"),
+        ("Qwen3-0.6B", "q8_0", "q8_0", 4, False, "a"),
+        ("Qwen3-0.6B", "fp8", "q8_0", 8, False, "c, split"),
+        ("Qwen3-0.6B", "bf16", "bf16", 1, False, "b"),
+        ("Qwen3-0.6B", "bf16", "bf16", 1, False, "c"),
     ],
-    100: [("Llama-3.2-1B", "bf16", "bf16", 8, True, True)],
-    120: [("Qwen2.5-1.5B", "bf16", "bf16", 1, False, False)],
+    100: [("Llama-3.2-1B", "bf16", "bf16", 8, True, "b"), ("Qwen2.5-0.5B", "bf16", "bf16", 4, False, "c")],
+    103: [("Qwen3-1.7B", "q8_0", "bf16", 1, True, "c")],
+    120: [("Qwen2.5-1.5B", "bf16", "bf16", 1, False, "a"), ("Qwen3-0.6B", "bf16", "bf16", 1, False, "c, split")],
 }
 
 
-def real(name: str, format: str, cache: str, rows: int, sampled: bool, fused: bool, capability: int) -> Kernel:
+def real(name: str, format: str, cache: str, rows: int, sampled: bool, variant: str, capability: int) -> Kernel:
     shape = replace(REAL[name], format=format, cache=cache)
+    options = dict(VARIANTS[variant])
+    if format == "q8_0":
+        options.pop("fused_mlp", None)
     room = SHARED[capability]
-    plan = make_plan(shape, rows=rows, multiprocessors=132, shared=room, sampled=sampled, fused_mlp=fused)
+    plan = make_plan(shape, rows=rows, multiprocessors=132, shared=room, sampled=sampled, **options)
     return table.kernel(plan, 32, bulk=capability >= 90)
 
 
@@ -63,11 +76,14 @@ def test_compiles_within_limits(capability: int) -> None:
 
 
 @pytest.mark.skipif(CXX is None, reason="no g++ here")
-@pytest.mark.parametrize("normed, bias, format", [(True, False, "fp8"), (False, True, "bf16"), (False, False, "q8_0")])
-def test_host_and_kernel_agree(normed: bool, bias: bool, format: str) -> None:
+@pytest.mark.parametrize(
+    "normed, bias, format, variant",
+    [(True, False, "fp8", "c"), (False, True, "bf16", "c, split"), (False, False, "q8_0", "a")],
+)
+def test_host_and_kernel_agree(normed: bool, bias: bool, format: str, variant: str) -> None:
     """Argument structs, kinds of entries, offsets of vectors and sizes, in C++ and in Python."""
     shape = replace(REAL["Qwen3-0.6B"], normed=normed, bias=bias, format=format)
-    plan = make_plan(shape, rows=2, multiprocessors=7, shared=227 << 10, sampled=True)
+    plan = make_plan(shape, rows=2, multiprocessors=40, shared=227 << 10, sampled=True, **VARIANTS[variant])
     kernel = table.kernel(plan, 32)
     parts = f"Parts<{kernel.name}_constants>"
     offsets, stride, after, _ = layout.vectors(shape)
@@ -86,6 +102,8 @@ def test_host_and_kernel_agree(normed: bool, bias: bool, format: str) -> None:
     equal |= {f"{parts}::LAYER": stride, f"{parts}::FINAL_NORM": after["final_norm"]}
     equal |= {f"{parts}::HEAD_SCALES": after["head_scales"], f"{parts}::SHARED": kernel.shared}
     equal |= {f"{parts}::U::BYTES": layout.UNIT_BYTES[format], f"{parts}::PARTS": plan.parts}
+    equal |= {f"{parts}::ROW_GROUPS": layout.groups_of(shape, layout.OUTPUT)}
+    equal |= {"ATTENDS_AND_KEEPS": layout.ATTENDS_AND_KEEPS}
     equal |= {name: at for at, name in enumerate(layout.NAMES)}
     equal |= {"END": layout.END, "COUNTER_STRIDE": layout.COUNTER_STRIDE, "STOPS": layout.STOPS}
     equal |= {"(int)sizeof(Entry)": layout.ENTRY * 4}
@@ -107,8 +125,8 @@ def main() -> None:
         for chosen in all_chosen:
             kernel = real(*chosen, capability)
             used = usage(compile_kernels([kernel], ARCHITECTURES[capability])[1], kernel)
-            name, format, cache, rows, sampled, fused = chosen
-            what = f"{name} | {format} | {cache} | {rows} | {'b' if fused else 'a'}{', draws' if sampled else ''}"
+            name, format, cache, rows, sampled, variant = chosen
+            what = f"{name} | {format} | {cache} | {rows} | {variant}{', draws' if sampled else ''}"
             print(
                 f"| {ARCHITECTURES[capability]} | {what} | {used.registers} | {used.spill_bytes} | {kernel.shared:,} |"
             )

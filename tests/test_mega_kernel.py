@@ -32,6 +32,7 @@ if CXX is None:
 PLAIN, ROUNDED = 1e-4, 2e-2
 
 QWEN3 = replace(SMALL, head_norm=True, tie_embeddings=True)
+BY_HEAD = {"fused_mlp": True, "by_head": True, "whole": True}
 # name -> (configuration, weights, cache, of MegaTwin)
 CASES: dict[str, tuple[ModelConfig, str, str, dict[str, Any]]] = {
     "head norms, tied, bf16": (QWEN3, "bf16", "f32", {}),
@@ -60,6 +61,26 @@ CASES: dict[str, tuple[ModelConfig, str, str, dict[str, Any]]] = {
         "f32",
         {"rows": 3, "fused_mlp": True, "sampled": True},
     ),
+    "by head": (QWEN3, "bf16", "f32", {**BY_HEAD, "blocks": 5}),
+    "by head, groups of three and two, fp8, window": (
+        replace(SMALL, num_heads=5, num_kv_heads=1, head_dim=24, hidden_size=72, windows=(9, 9)),
+        "fp8",
+        "bf16",
+        {**BY_HEAD, "rows": 2, "blocks": 5},
+    ),
+    "by head, q8_0, biases, copies of 16 bytes": (
+        replace(SMALL, biases=("q", "k", "v"), hidden_size=96, vocab_size=163, head_dim=32),
+        "q8_0",
+        "q8_0",
+        {**BY_HEAD, "fused_mlp": False, "rows": 3, "sampled": True, "bulk": False, "blocks": 4},
+    ),
+    "by head, eight rows, fewer blocks than heads": (
+        replace(SMALL, num_heads=9, num_kv_heads=3, head_dim=8, hidden_size=72, num_layers=2),
+        "bf16",
+        "f32",
+        {**BY_HEAD, "rows": 8, "warps": 4, "blocks": 2, "sampled": True, "stage_bytes": 8192},
+    ),
+    "by head, split": (SMALL, "bf16", "f32", {**BY_HEAD, "whole": False, "rows": 2, "blocks": 4}),
 }
 
 
@@ -258,29 +279,37 @@ def test_a_signal_that_never_comes(compiled: None, kind: int) -> None:
     assert np.array_equal(mega.launch(3), whole.launch(3))
 
 
-def two_blocks(fused_mlp: bool, base: int) -> MegaTwin:
+def two_blocks(base: int = BASE, **variant: bool) -> MegaTwin:
     """After two steps of one layer at a depth that both blocks share."""
     config = replace(SMALL, num_layers=1, windows=(None,), vocab_size=64, intermediate_size=64, num_kv_heads=1)
-    mega = MegaTwin(Model(config), blocks=2, pages=5, arena=2 << 20, base=base, fused_mlp=fused_mlp)
+    mega = MegaTwin(Model(config), blocks=2, pages=5, arena=2 << 20, base=base, **variant)
     mega.fill_caches(np.random.default_rng(4).standard_normal)
     mega.start({0: (3, 70, 9)})
-    assert len(mega.launch(2)) == 2 and merged(mega)
+    assert len(mega.launch(2)) == 2 and (mega.plan.whole or merged(mega))
     return mega
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("sanitizer, fused_mlp", [("thread", False), ("thread", True), ("address", True)])
-def test_sanitizers(sanitizer: str, fused_mlp: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "sanitizer, variant",
+    [("thread", {}), ("thread", {"fused_mlp": True}), ("thread", BY_HEAD), ("address", BY_HEAD)],
+    ids=["thread-a", "thread-b", "thread-c", "address-c"],
+)
+def test_sanitizers(sanitizer: str, variant: dict[str, bool], tmp_path: Path) -> None:
     """The steps after those, each CUDA thread an OS thread."""
-    mega = two_blocks(fused_mlp, ADDRESS_BASE if sanitizer == "address" else BASE)
+    mega = two_blocks(ADDRESS_BASE if sanitizer == "address" else BASE, **variant)
     done = mega.device.replay_under(sanitizer, tmp_path)
     assert done.returncode == 0, done.stderr[:4000]
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("kind", [layout.ATTEND, layout.GATE_UP, layout.TOKEN])
-def test_a_wait_that_is_missing_is_found(kind: int, tmp_path: Path) -> None:
-    mega = two_blocks(False, BASE)
+@pytest.mark.parametrize(
+    "kind, variant",
+    [(layout.ATTEND, {}), (layout.GATE_UP, {}), (layout.TOKEN, {}), (layout.GROUP_ATTEND, BY_HEAD)],
+    ids=["ATTEND", "GATE_UP", "TOKEN", "GROUP_ATTEND"],
+)
+def test_a_wait_that_is_missing_is_found(kind: int, variant: dict[str, bool], tmp_path: Path) -> None:
+    mega = two_blocks(**variant)
     broken = mega.plan.table.copy()
     broken[broken[:, :, KIND] == kind, WAIT] = layout.NOTHING
     mega.write("table", broken)

@@ -20,9 +20,7 @@ from finial.models.decoder import build_graph
 from test_mega_table import BASE, recognised
 
 
-def made(
-    config: ModelConfig, format: str, blocks: int, fused_mlp: bool = False
-) -> tuple[Plan, Recognised, dict[str, Tensor]]:
+def made(config: ModelConfig, format: str, blocks: int, **variant: bool) -> tuple[Plan, Recognised, dict[str, Tensor]]:
     graph, random = build_graph(config), np.random.default_rng(3)
     weights = {}
     for value in graph.of_kind("weight"):
@@ -31,7 +29,7 @@ def made(
         weights[value.name] = tensor.to("bf16" if format == "fp8" else format) if len(shape) == 2 else tensor
     found = recognised(graph, {name: t.format for name, t in weights.items()})
     found = replace(found, shape=replace(found.shape, format=format))
-    plan = make_plan(found.shape, rows=2, multiprocessors=blocks, shared=227 << 10, warps=2, fused_mlp=fused_mlp)
+    plan = make_plan(found.shape, rows=2, multiprocessors=blocks, shared=227 << 10, warps=2, **variant)
     return plan, found, weights
 
 
@@ -146,6 +144,48 @@ def test_streams_of_the_fused_variant_hold_down_by_neurons(format: str) -> None:
         else:
             largest = np.abs(down).max(axis=1, keepdims=True)
             assert (np.abs(got[: len(down)] - down) <= np.maximum(np.abs(down) / 16, largest / 2**17)).all()
+
+
+@pytest.mark.parametrize("blocks", [2, 9])
+@pytest.mark.parametrize("format", ["bf16", "fp8", "q8_0"])
+def test_streams_hold_the_product_after_attention_by_head_groups(format: str, blocks: int) -> None:
+    """All rows by a head group's columns, with groups of three and two heads, whether attention is split or not."""
+    config = replace(BASE, hidden_size=96, num_heads=10, head_dim=32 if format == "q8_0" else 8)
+    plan, names, weights = made(config, format, blocks, by_head=True, whole=True)
+    stream = np.full(int(plan.offsets()[-1]), 0xEE, np.uint8)
+    packer, shape = Packer(plan, names, weights), plan.shape
+    for offset, data in packer.pieces():
+        stream[offset : offset + len(data)] = data
+    vectors, (offsets, stride, _, _) = packer.vectors(), layout.vectors(shape)
+    groups = layout.groups_of(shape, layout.OUTPUT)
+    for layer, own in enumerate(names.layers):
+        expected = weights[own.output].decode()
+        got, found = np.full(expected.shape, np.nan, np.float32), []
+        for block, base in enumerate(plan.offsets()[:-1].tolist()):
+            at = base
+            for entry, nbytes in zip(plan.table[block], plan.entry_bytes()[block].tolist(), strict=True):
+                if entry[KIND] == layout.GROUP_OUTPUT and entry[LAYER] == layer:
+                    number, group = divmod(int(entry[FIRST]), groups)
+                    first, columns = (int(n) for n in layout.head_columns(shape, number))
+                    units = stream[at : at + nbytes].reshape(entry[COUNT], -1, layout.UNIT_BYTES[format])
+                    row = group * ROWS
+                    scales = vectors[layer * stride + offsets["o_scales"] + row :] if format == "fp8" else vectors
+                    values = read(units, format, scales)
+                    got[row : row + len(values), first : first + columns] = values[:, :columns]
+                    assert not values[:, columns:].any()
+                    found.append(len(values) * columns)
+                at += nbytes
+        assert np.isfinite(got).all() and sum(found) == got.size
+        if format == "fp8":
+            largest = np.abs(expected).max(axis=1, keepdims=True)
+            assert (np.abs(got - expected) <= np.maximum(np.abs(expected) / 16, largest / 2**17)).all()
+        else:
+            np.testing.assert_array_equal(got, expected)
+    other, _, _ = made(config, format, blocks, by_head=True, whole=False)
+    again = np.full(len(stream), 0xEE, np.uint8)
+    for offset, data in Packer(other, names, weights).pieces():
+        again[offset : offset + len(data)] = data
+    np.testing.assert_array_equal(stream, again)
 
 
 def bf16(rows: np.ndarray) -> np.ndarray:

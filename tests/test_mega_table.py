@@ -18,7 +18,7 @@ from finial.config import ModelConfig, Rope
 from finial.graph import Graph
 from finial.models.decoder import build_graph
 
-SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 120: 99 << 10}
 QWEN3 = MegaShape(28, 1024, 16, 8, 128, 3072, 151936, normed=True)
 # layers, width, heads, kv_heads, head_dim, ffn, vocab of what these are published with.
 REAL = {

@@ -564,15 +564,16 @@ inline u32 add_acquire_release(u32* p, u32 v) {
   random_delay();
   return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
 }
-inline void add_vector(float* p, Float4 v) {
-  const float values[4] = {v.x, v.y, v.z, v.w};
-  for (int i = 0; i < 4; i++) {
-    u32* word = (u32*)(p + i);
-    u32 old = __atomic_load_n(word, __ATOMIC_RELAXED);
-    while (!__atomic_compare_exchange_n(word, &old, as_bits(as_float(old) + values[i]), false, __ATOMIC_RELAXED,
-                                        __ATOMIC_RELAXED));
-  }
+inline void add_float(float* p, float v) {
+  u32* word = (u32*)p;
+  u32 old = __atomic_load_n(word, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(word, &old, as_bits(as_float(old) + v), false, __ATOMIC_RELAXED,
+                                      __ATOMIC_RELAXED));
 }
+inline void add_vector(float* p, Float4 v) {
+  add_float(p, v.x), add_float(p + 1, v.y), add_float(p + 2, v.z), add_float(p + 3, v.w);
+}
+inline void add_pair(float* p, float x, float y) { add_float(p, x), add_float(p + 1, y); }
 inline u32 load_volatile(const u32* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 inline void store_volatile(u32* p, u32 v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 inline bool replace_if(u32* p, u32 expected, u32 v) {

@@ -33,6 +33,8 @@ struct AttendItem {
   const i32* pages;  // of this sequence
   i32 position, slot, head, heads, begin, end;
   bool newest;  // the stretch ends with the newest position, whose key and value go into the cache
+  bool keeps;   // with ALONE: whether they do
+  u8* fresh;    // with ALONE: the block's own copy of them, [key, value][ROW_BYTES]
   float eps, rope_scale, scale;
 };
 
@@ -119,14 +121,17 @@ struct Attend {
     }
   }
 
-  // Queries, then scores and sums over the stretch: what each warp has of it is left in `merged`.
+  // Queries, then scores and sums over the stretch: what each warp has of it is left in `merged`.  ALONE: several
+  // blocks make the newest key and value, each for itself; one of them puts them into the cache, and nobody reads them
+  // there in this step.
+  template <bool ALONE = false>
   FINIAL_DEVICE static void scan(const AttendItem& item, Scratch& scratch) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int heads = item.heads, head = item.head, begin = item.begin, end = item.end;
     const i32* pages = item.pages;
     float (*queries)[D] = scratch.queries;
     float (*merged)[GB][P + 2] = scratch.merged;
-    prepare(item, scratch);
+    prepare<ALONE>(item, scratch);
 
     float q[GB][PER_LANE][VEC], sums[GB][PER_LANE][VEC], top[GB], total[GB];
     const int team = warp * TEAMS + lane / LANES, own = lane % LANES;
@@ -148,8 +153,9 @@ struct Attend {
 #pragma unroll
       for (int u = 0; u < U; u++) {
         const int j = base + u * ALL_TEAMS + team, at = j < end ? j : end - 1;
-        const u8* key = item.cache + address(pages, at, 0, head);
-        const u8* value = key + C::HEADS * Cache::ROW_BYTES;
+        const bool fresh = ALONE && at == item.position;
+        const u8* key = fresh ? item.fresh : item.cache + address(pages, at, 0, head);
+        const u8* value = key + (fresh ? 1 : C::HEADS) * Cache::ROW_BYTES;
 #pragma unroll
         for (int n = 0; n < PER_LANE; n++) {
           const int vec = n * LANES + own < VECS ? n * LANES + own : VECS - 1;
@@ -296,6 +302,7 @@ struct Attend {
     return cache_at(slot, which, head, C::HEADS, Cache::ROW_BYTES);
   }
 
+  template <bool ALONE>
   FINIAL_DEVICE static void prepare(const AttendItem& item, Scratch& scratch) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = item.heads + (item.newest ? 1 : 0);
     const float log2e = 1.4426950408889634f;
@@ -332,11 +339,16 @@ struct Attend {
     }
     Team::sync();
     if (!item.newest) return;
-    if (warp == 0) Cache::store(item.cache + at_slot(item, 0), scratch.queries[GB]);
+    const bool keeps = !ALONE || item.keeps;
+    if (warp == 0) {
+      if (ALONE) Cache::store(item.fresh, scratch.queries[GB]);
+      if (keeps) Cache::store(item.cache + at_slot(item, 0), scratch.queries[GB]);
+    }
     if (warp == C::WARPS - 1) {
       for (int i = lane; i < D; i += 32) scratch.value[i] = ptx::load_shared_by_all(item.v + i);
       ptx::sync_warp();
-      Cache::store(item.cache + at_slot(item, 1), scratch.value);
+      if (ALONE) Cache::store(item.fresh + Cache::ROW_BYTES, scratch.value);
+      if (keeps) Cache::store(item.cache + at_slot(item, 1), scratch.value);
     }
     Team::sync();
   }

@@ -215,6 +215,13 @@ FINIAL_DEVICE void add_vector(float* p, Float4 v) {
   atomicAdd(p, v.x), atomicAdd(p + 1, v.y), atomicAdd(p + 2, v.z), atomicAdd(p + 3, v.w);
 #endif
 }
+FINIAL_DEVICE void add_pair(float* p, float x, float y) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(x), "f"(y) : "memory");
+#else
+  atomicAdd(p, x), atomicAdd(p + 1, y);
+#endif
+}
 // Words that the host may read or write meanwhile; alone, they order nothing.
 FINIAL_DEVICE u32 load_volatile(const u32* p) {
   u32 v;

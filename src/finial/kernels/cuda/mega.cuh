@@ -10,7 +10,8 @@
 // takes longer than `limit_ns` is noted in `control`, and everybody leaves; the host then zeroes counters and tickets
 // and goes on otherwise.
 //
-// Sums are those of float32 inputs (see mega_product.cuh) and always in one order: the same launch gives the same bits.
+// Sums are those of float32 inputs (see mega_product.cuh) and always in one order, the same launch gives the same bits;
+// but for what blocks add to other blocks' rows (MLP, BY_HEAD), whose order is that of arrival.
 #pragma once
 #include "mega_product.cuh"
 
@@ -74,7 +75,10 @@ struct Mega : Parts<C> {
       for (const Entry* entry = m.table; going && entry->kind != END; entry++) {
         const int kind = entry->kind;
         if (!P::is_product(kind)) continue;
-        const int k = kind == OUTPUT ? P::ATTN : kind == DOWN ? C::F : C::D;
+        const int k = P::is_grouped(*entry) ? P::group_columns(*entry)
+                      : kind == OUTPUT      ? P::ATTN
+                      : kind == DOWN        ? C::F
+                                            : C::D;
         int bytes = entry->count * ceil_div(k, 32) * P::U::BYTES, most = P::RingShape::SLOT_BYTES;
         if (C::MLP && kind == MLP_DOWN) {
           const int group = entry->count * (P::U::BYTES / 4);
@@ -129,9 +133,14 @@ struct Mega : Parts<C> {
         const Entry entry = m.table[number];
         if (entry.kind == END) break;
         const bool product = P::is_product(entry.kind);
-        const bool staged = product && entry.kind == staged_kind && entry.layer == staged_layer;
-        if (product && !staged) Work::warm(a, entry);
-        if (entry.kind == ATTEND) warm_attention(a, state, entry);
+        const bool alike = product && entry.kind == staged_kind && entry.layer == staged_layer;
+        const bool staged = P::is_grouped(entry) ? C::WHOLE : alike;
+        if (product && !alike) Work::warm(a, entry);
+        if constexpr (C::WHOLE) {
+          if (entry.kind == GROUP_ATTEND) warm_group(a, state, entry);
+        } else {
+          if (entry.kind == ATTEND) warm_attention(a, state, entry);
+        }
         good = wait(a, state, entry, number, step, turn++);
         if (!good) break;
         staged_kind = product ? entry.kind : END, staged_layer = entry.layer;
@@ -140,8 +149,11 @@ struct Mega : Parts<C> {
           Work::run(a, m, entry, number, step, staged, reader);
         } else if (product) {
           if constexpr (C::MLP) Work::down(a, m, entry, number, reader);
-        } else if (entry.kind == ATTEND) {
-          arrives = attend(a, m, entry);
+        } else if (C::WHOLE ? entry.kind == GROUP_ATTEND : entry.kind == ATTEND) {
+          if constexpr (C::WHOLE)
+            attend_group(a, m, entry);
+          else
+            arrives = attend(a, m, entry);
         } else if (entry.kind == TOKEN) {
           token(a, state, step, step - begun);
         } else {
@@ -171,18 +183,29 @@ struct Mega : Parts<C> {
     AttendItem item;
     int row, split, active;  // `active` stretches have positions
   };
-  FINIAL_DEVICE static Stretch stretch(const MegaArgs& a, const State& state, const Entry& entry) {
-    Stretch s;
-    const int part = entry.first % P::PARTS, rest = entry.first / P::PARTS;
-    s.row = rest / C::KV, s.split = entry.count & 0xffff;
-    AttendItem& item = s.item;
-    item.head = rest % C::KV, item.heads = P::GROUP - part * C::GB < C::GB ? P::GROUP - part * C::GB : C::GB;
-    const float* qkv = a.qkv + ((u64)s.row * C::KV + item.head) * (P::GROUP + 2) * C::HD;
-    const float* vectors = a.vectors + (u64)entry.layer * P::LAYER;
+  // But for its stretch of positions.
+  FINIAL_DEVICE static AttendItem item_of(const MegaArgs& a, const State& state, int layer, int row, int number) {
+    AttendItem item;
+    const int part = number % P::PARTS;
+    item.head = number / P::PARTS, item.heads = P::group_heads(part);
+    const float* qkv = a.qkv + ((u64)row * C::KV + item.head) * (P::GROUP + 2) * C::HD;
+    const float* vectors = a.vectors + (u64)layer * P::LAYER;
     item.q = qkv + part * C::GB * C::HD, item.k = qkv + P::GROUP * C::HD, item.v = item.k + C::HD;
     item.q_norm = vectors + P::Q_NORM, item.k_norm = vectors + P::K_NORM, item.frequencies = a.frequencies;
-    item.cache = a.caches[entry.layer], item.pages = a.pages + (u64)s.row * a.page_stride;
-    item.position = state.position[s.row];
+    item.cache = a.caches[layer], item.pages = a.pages + (u64)row * a.page_stride;
+    item.position = state.position[row];
+    item.eps = C::EPS, item.rope_scale = C::ROPE_SCALE, item.scale = C::SCALE;
+    return item;
+  }
+  FINIAL_DEVICE static int newest_slot(const AttendItem& item) {
+    return item.pages[item.position / C::PAGE] * C::PAGE + item.position % C::PAGE;
+  }
+  FINIAL_DEVICE static Stretch stretch(const MegaArgs& a, const State& state, const Entry& entry) {
+    Stretch s;
+    constexpr int EACH = C::KV * P::PARTS;  // items of a row
+    s.row = entry.first / EACH, s.split = entry.count & 0xffff;
+    AttendItem& item = s.item;
+    item = item_of(a, state, entry.layer, s.row, entry.first % EACH);
     // A short stretch costs what merging costs: few positions are one stretch.
     constexpr int STEP = P::Attention::STEP;
     const int low = P::Attention::first_seen(item.position), count = item.position + 1 - low;
@@ -192,8 +215,7 @@ struct Mega : Parts<C> {
     item.begin = low + s.split * per;
     item.end = item.begin + per < item.position + 1 ? item.begin + per : item.position + 1;
     item.newest = s.split == s.active - 1;
-    item.slot = item.newest ? item.pages[item.position / C::PAGE] * C::PAGE + item.position % C::PAGE : 0;
-    item.eps = C::EPS, item.rope_scale = C::ROPE_SCALE, item.scale = C::SCALE;
+    item.slot = item.newest ? newest_slot(item) : 0;
     return s;
   }
   // Cached rows of earlier steps come into L2 while queries are made: 64 KiB a block, which all blocks together have
@@ -208,6 +230,53 @@ struct Mega : Parts<C> {
         const u8* row = s.item.cache + P::Attention::address(s.item.pages, at, which, s.item.head);
         for (int i = 0; i < C::Cache::ROW_BYTES; i += 128) ptx::prefetch_l2(row + i);
       }
+  }
+
+  // A head group of all rows by this block alone: the result is left as terms where x lies, for GROUP_OUTPUT.
+  FINIAL_DEVICE static void attend_group(const MegaArgs& a, const Memory& m, const Entry& entry) {
+    using Attention = typename P::Attention;
+    State& state = *m.state;
+    auto& scratch = *(typename Attention::Scratch*)(m.scratch + P::ATTEND_AT);
+    const int columns = P::group_heads(entry.first % P::PARTS) * C::HD, beyond = round_up(columns, 32) - columns;
+    for (int i = threadIdx.x; i < P::ROWS * beyond; i += THREADS)
+      m.x()[i / beyond * P::STRIDE + columns + i % beyond] = 0;
+#pragma unroll 1
+    for (int b = 0; b < B; b++) {
+      u16* to = m.x() + b * P::STRIDE;
+      if (!state.active[b]) {
+        for (int i = threadIdx.x; i < C::TERMS * columns; i += THREADS)
+          to[i / columns * B * P::STRIDE + i % columns] = 0;
+        continue;
+      }
+      AttendItem item = item_of(a, state, entry.layer, b, entry.first);
+      item.begin = Attention::first_seen(item.position), item.end = item.position + 1;
+      item.newest = true, item.keeps = entry.count == ATTENDS_AND_KEEPS, item.slot = newest_slot(item);
+      item.fresh = (u8*)a.parts + (u64)blockIdx.x * 2 * C::Cache::ROW_BYTES;
+      Attention::template scan<true>(item, scratch);
+      Attention::combine(scratch, item.heads, [&](int g, int e, float, float sum, float weight) {
+        float v = sum / weight;
+#pragma unroll
+        for (int t = 0; t < C::TERMS; t++) {
+          const u16 term = to_bf16(v);
+          to[t * B * P::STRIDE + g * C::HD + e] = term;
+          v -= from_bf16(term);
+        }
+      });
+    }
+  }
+  FINIAL_DEVICE static void warm_group(const MegaArgs& a, const State& state, const Entry& entry) {
+    constexpr int MOST = (64 << 10) / (2 * B * C::Cache::ROW_BYTES);
+    for (int b = 0; b < B; b++) {
+      if (!state.active[b]) continue;
+      const AttendItem item = item_of(a, state, entry.layer, b, entry.first);
+      const int begin = P::Attention::first_seen(item.position);
+      const int end = item.position < begin + MOST ? item.position : begin + MOST;
+      for (int at = begin + threadIdx.x; at < end; at += THREADS)
+        for (int which = 0; which < 2; which++) {
+          const u8* row = item.cache + P::Attention::address(item.pages, at, which, item.head);
+          for (int i = 0; i < C::Cache::ROW_BYTES; i += 128) ptx::prefetch_l2(row + i);
+        }
+    }
   }
 
   // Whether this block is the one that arrives for the item.  Stretches without positions have no part in it.

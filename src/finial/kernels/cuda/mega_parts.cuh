@@ -19,7 +19,7 @@ struct MegaArgs {
   i32* state;         // [B, 4]: token, position, active, tokens that the row may still get
   float *x0, *x1;     // [B, D]: input of a layer, input of its second half
   float *qkv, *attn, *act;
-  float* parts;             // [items, SPLITS, GB, HD + 2]
+  float* parts;             // [items, SPLITS, GB, HD + 2]; with WHOLE u8 [blocks, key and value, Cache::ROW_BYTES]
   u32* tickets;             // [items], zero between launches
   u32* counters;            // every COUNTER_STRIDE-th
   u64* candidates;          // [2, blocks, B]
@@ -34,7 +34,22 @@ struct MegaArgs {
   i32 steps, page_stride, ring_rows, ring_stride, epoch, padding;
 };
 
-enum Kind { QKV, ATTEND, OUTPUT, GATE_UP, DOWN, HEAD, SAMPLE, TOKEN, MLP_UP, MLP_DOWN, END = -1 };
+enum Kind {
+  QKV,
+  ATTEND,
+  OUTPUT,
+  GATE_UP,
+  DOWN,
+  HEAD,
+  SAMPLE,
+  TOKEN,
+  MLP_UP,
+  MLP_DOWN,
+  GROUP_ATTEND,
+  GROUP_OUTPUT,
+  END = -1
+};
+constexpr int ATTENDS_AND_KEEPS = 2;
 constexpr int COUNTER_STRIDE = 32, STOPS = 8;
 constexpr i32 ROW_ENDED = -2, NOT_FINITE = -1;
 
@@ -44,7 +59,7 @@ struct alignas(16) Entry {
 
 // Format, Embed, Cache; L, D, H, KV, HD, F, V; B rows of TERMS terms; WARPS, STAGES, STAGE_UNITS, BULK; GA row groups
 // summed at once; SPLITS, GB, U, LEAST positions of a split; PAGE, WINDOW, EPS, ROPE_SCALE, SCALE; NORMED, BIAS,
-// SAMPLED; ENTRIES of a block, SCRATCH bytes.
+// SAMPLED; MLP, OWN neurons of a block at most; BY_HEAD, WHOLE (see table.py); ENTRIES of a block, SCRATCH bytes.
 template <class C>
 struct Parts {
   using U = Unit<typename C::Format>;
@@ -59,7 +74,8 @@ struct Parts {
   FINIAL_DEVICE static constexpr int most(int a, int b) { return a > b ? a : b; }
   FINIAL_DEVICE static constexpr int four(int n) { return round_up(n, 4); }
   // A row of x in shared memory: 64 bytes more than a multiple of 128, so that of 8 lanes no two meet in a bank.
-  static constexpr int KMAX = most(most(D, ATTN), C::MLP ? 0 : C::F), STRIDE = round_up(KMAX, 64) + 32;
+  static constexpr int KMAX = most(most(D, C::BY_HEAD ? C::GB * C::HD : ATTN), C::MLP ? 0 : C::F),
+                       STRIDE = round_up(KMAX, 64) + 32;
   static constexpr int X_BYTES = round_up(ROWS * STRIDE * 2, 128), SUMS = C::WARPS * GA * ROWS * 8;
   static constexpr int CHUNK = 128, SQUARES = ceil_div(D, CHUNK);  // values of a warp's turn when x is read
 
@@ -107,9 +123,12 @@ struct Parts {
   // Neurons of a block, as terms: [TERMS, B, OWN], with 16 bytes more a row so that rows lie in other banks.
   static constexpr int OWN_STRIDE = C::OWN + 8, OWN_BYTES = C::MLP ? round_up(ROWS * OWN_STRIDE * 2, 128) : 0;
   static_assert(!C::MLP || (!U::BLOCKS && C::OWN % 8 == 0 && C::TERMS >= 2), "octets of neurons; y lies over x");
-  static constexpr int RING = C::STAGES * RingShape::SLOT_BYTES, TABLE = C::ENTRIES * (int)sizeof(Entry);
+  static constexpr int RING = C::STAGES * RingShape::SLOT_BYTES, TABLE = round_up(C::ENTRIES * (int)sizeof(Entry), 128);
   static_assert(C::SCRATCH % 16 == 0 && C::SCRATCH >= X_BYTES + SUMS * 4 && X_BYTES % 16 == 0, "x and sums");
-  static_assert(C::SCRATCH >= (int)sizeof(typename Attention::Scratch), "attention");
+  // A block that attends by itself leaves the result where x lies, and works beyond it.
+  static constexpr int ATTEND_AT = C::WHOLE ? X_BYTES : 0;
+  static_assert(C::SCRATCH >= ATTEND_AT + (int)sizeof(typename Attention::Scratch), "attention");
+  static_assert(C::BY_HEAD || !C::WHOLE, "who attends by itself has the columns of a head group");
   static_assert(!C::SAMPLED || C::SCRATCH >= (int)sizeof(typename Sampler::Scratch), "sampling");
   static constexpr int SHARED = RING + C::SCRATCH + OWN_BYTES + TABLE + 4096;
 
@@ -126,7 +145,20 @@ struct Parts {
     return {shared, shared + RING, (u16*)own, (Entry*)(own + OWN_BYTES), (State*)(own + OWN_BYTES + TABLE)};
   }
 
-  FINIAL_DEVICE static bool is_product(int kind) { return kind != ATTEND && kind != SAMPLE && kind != TOKEN; }
+  FINIAL_DEVICE static bool is_product(int kind) {
+    return kind != ATTEND && kind != SAMPLE && kind != TOKEN && kind != GROUP_ATTEND;
+  }
+  // Head groups: PARTS of each key/value head; GROUP_OUTPUT's `first` is head group · row groups + row group.
+  static constexpr int ROW_GROUPS = ceil_div(D, 8);
+  FINIAL_DEVICE static int group_heads(int part) { return GROUP - part * C::GB < C::GB ? GROUP - part * C::GB : C::GB; }
+  FINIAL_DEVICE static int group_columns(const Entry& entry) {
+    return group_heads(entry.first / ROW_GROUPS % PARTS) * C::HD;
+  }
+  FINIAL_DEVICE static bool is_grouped(const Entry& entry) { return C::BY_HEAD && entry.kind == GROUP_OUTPUT; }
+  // The first row group of a product's entry.
+  FINIAL_DEVICE static int row_group(const Entry& entry) {
+    return is_grouped(entry) ? entry.first % ROW_GROUPS : entry.first;
+  }
   // Row groups of a stage of MLP_DOWN: as many whole ones as a slot holds, the same number for every warp.
   FINIAL_DEVICE static int down_groups(int octets) {
     return RingShape::SLOT_BYTES / (octets * (U::BYTES / 4)) / C::WARPS * C::WARPS;

@@ -20,11 +20,12 @@ struct Product : Parts<C> {
   static constexpr int B = P::B, D = P::D, ROWS = P::ROWS, GA = P::GA, STRIDE = P::STRIDE, THREADS = P::THREADS,
                        WARPS = C::WARPS, CHUNK = P::CHUNK;
   static constexpr int TURN = C::STAGE_UNITS / WARPS;                        // units of a warp in a stage
+  static constexpr int UNROLL = U::BLOCKS && ROWS > 8 ? 2 : 4;                // what registers hold
   static constexpr int PAIRS = GA * 4 * B, EACH = ceil_div(PAIRS, THREADS);  // results, two rows each; of a thread
 
   struct Source {  // what a kind of product reads
     const float *x, *norm, *bias, *scales;
-    int k, rows;
+    int k, rows, pitch;  // pitch: from one row of x to the next
   };
   FINIAL_DEVICE static Source source(const MegaArgs& a, const Entry& entry) {
     const float* vectors = a.vectors + (u64)entry.layer * P::LAYER;
@@ -35,17 +36,23 @@ struct Product : Parts<C> {
                 C::BIAS ? vectors + P::QKV_BIAS : nullptr,
                 vectors + P::QKV_SCALES,
                 D,
-                P::QKV_ROWS};
+                P::QKV_ROWS,
+                D};
       case OUTPUT:
-        return {a.attn, nullptr, nullptr, vectors + P::O_SCALES, P::ATTN, D};
+        return {a.attn, nullptr, nullptr, vectors + P::O_SCALES, P::ATTN, D, P::ATTN};
+      case GROUP_OUTPUT: {
+        const int number = entry.first / P::ROW_GROUPS, head = number / P::PARTS, part = number % P::PARTS;
+        const float* x = a.attn + (head * P::GROUP + part * C::GB) * C::HD;
+        return {x, nullptr, nullptr, vectors + P::O_SCALES, P::group_columns(entry), D, P::ATTN};
+      }
       case GATE_UP:
       case MLP_UP:
-        return {a.x1, vectors + P::MLP_NORM, nullptr, vectors + P::GATE_UP_SCALES, D, 2 * C::F};
+        return {a.x1, vectors + P::MLP_NORM, nullptr, vectors + P::GATE_UP_SCALES, D, 2 * C::F, D};
       case DOWN:
       case MLP_DOWN:
-        return {a.act, nullptr, nullptr, vectors + P::DOWN_SCALES, C::F, D};
+        return {a.act, nullptr, nullptr, vectors + P::DOWN_SCALES, C::F, D, C::F};
       default:
-        return {a.x0, a.vectors + P::FINAL_NORM, nullptr, a.vectors + P::HEAD_SCALES, D, C::V};
+        return {a.x0, a.vectors + P::FINAL_NORM, nullptr, a.vectors + P::HEAD_SCALES, D, C::V, D};
     }
   }
 
@@ -54,7 +61,7 @@ struct Product : Parts<C> {
     const Source s = source(a, entry);
     if (s.norm) lines(s.norm, D);
     if (s.bias) lines(s.bias + entry.first * 8, entry.count * 8);
-    if (P::CHANNELS && entry.kind != MLP_DOWN) lines(s.scales + entry.first * 8, entry.count * 8);
+    if (P::CHANNELS && entry.kind != MLP_DOWN) lines(s.scales + P::row_group(entry) * 8, entry.count * 8);
     if (P::CHANNELS && entry.kind == MLP_UP) lines(a.vectors + (u64)entry.layer * P::LAYER + P::DOWN_SCALES, D);
   }
   FINIAL_DEVICE static void lines(const float* p, int n) {
@@ -75,7 +82,7 @@ struct Product : Parts<C> {
         values[j] = {0.0f, 0.0f, 0.0f, 0.0f}, weights[j] = {1.0f, 1.0f, 1.0f, 1.0f};
         if (c < all && k < s.k) {
           if (s.x) {
-            values[j] = ptx::load_float4(s.x + (u64)b * s.k + k);
+            values[j] = ptx::load_float4(s.x + (u64)b * s.pitch + k);
           } else if (m.state->active[b]) {
             float v[4];
             P::embedding(a, m.state->token[b], k / 4, v);
@@ -194,8 +201,9 @@ struct Product : Parts<C> {
                                 bool staged, Reader& reader) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Source s = source(a, entry);
-    const int blocks = ceil_div(s.k, 32);
+    const int blocks = ceil_div(s.k, 32), origin = P::row_group(entry);
     if (!staged) stage(a, m, s);
+    if (C::BY_HEAD && entry.kind == QKV) residual(a, m, entry);
     u64 best[EACH];
 #pragma unroll
     for (int n = 0; n < EACH; n++) best[n] = 0;
@@ -207,9 +215,9 @@ struct Product : Parts<C> {
 #pragma unroll
       for (int n = 0; n < EACH; n++) {
         const int pair = threadIdx.x + n * THREADS, b = pair / (GA * 4),
-                  row = (entry.first + first) * 8 + pair % (GA * 4) * 2;
+                  row = (origin + first) * 8 + pair % (GA * 4) * 2;
         extras[n] = {{0.0f, 0.0f}, {1.0f, 1.0f}};
-        if (pair < PAIRS && row < (entry.first + last) * 8) extras[n] = extra(a, m, entry, s, b, row);
+        if (pair < PAIRS && row < (origin + last) * 8) extras[n] = extra(a, m, entry, s, b, row);
       }
       Team::sync();  // x lies there; the sums before were read
       if (first == 0 && s.norm && !staged) norms(m);
@@ -223,7 +231,7 @@ struct Product : Parts<C> {
           if (reader.left == 0) reader.next(a, m, number, warp * U::BYTES, TURN), stages++;
           const int mine = (end - unit + WARPS - 1) / WARPS, count = mine < reader.left ? mine : reader.left;
           const u8* from = reader.unit;
-#pragma unroll 4
+#pragma unroll(UNROLL)
           for (int i = 0; i < count; i++) multiply(sums, from + i * (WARPS * U::BYTES), m.x(), kb + i * WARPS, lane);
           reader.unit += count * (WARPS * U::BYTES), reader.left -= count;
           unit += count * WARPS, kb += count * WARPS;
@@ -236,8 +244,8 @@ struct Product : Parts<C> {
 #pragma unroll
       for (int n = 0; n < EACH; n++) {
         const int pair = threadIdx.x + n * THREADS, b = pair / (GA * 4), p = pair % (GA * 4);
-        const int row = (entry.first + first) * 8 + p * 2;
-        if (pair >= PAIRS || row >= (entry.first + last) * 8 || row >= s.rows) continue;
+        const int row = (origin + first) * 8 + p * 2;
+        if (pair >= PAIRS || row >= (origin + last) * 8 || row >= s.rows) continue;
         float v[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int t = 0; t < C::TERMS; t++) {
@@ -259,6 +267,25 @@ struct Product : Parts<C> {
     if (entry.kind == HEAD && !C::SAMPLED) candidates(a, m, best, step);
   }
 
+  // What blocks add to later begins as the layer's input: each block of QKV copies its part, as many of D as it has of
+  // the rows of QKV.
+  FINIAL_DEVICE static void residual(const MegaArgs& a, const Memory& m, const Entry& entry) {
+    constexpr int PLANES = D / 4, GROUPS = ceil_div(P::QKV_ROWS, 8);
+    const int begin = entry.first * PLANES / GROUPS, count = (entry.first + entry.count) * PLANES / GROUPS - begin;
+    for (int i = threadIdx.x; i < count * B; i += THREADS) {
+      const int b = i / count, plane = begin + i % count;
+      float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (entry.layer == 0) {
+        if (m.state->active[b]) P::embedding(a, m.state->token[b], plane, v);
+      } else {
+        const Float4 x = ptx::load_float4(a.x0 + b * D + plane * 4);
+        v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w;
+      }
+      *(Float4*)(a.x1 + b * D + plane * 4) = {v[0], v[1], v[2], v[3]};
+      if (C::MLP && entry.layer == 0) *(Float4*)(a.x0 + b * D + plane * 4) = {v[0], v[1], v[2], v[3]};
+    }
+  }
+
   FINIAL_DEVICE static void finish(const MegaArgs& a, const Memory& m, const Entry& entry, const Source& s, int b,
                                    int row, const float v[2], u64& best) {
     if (entry.kind == GATE_UP || (C::MLP && entry.kind == MLP_UP)) {
@@ -273,6 +300,9 @@ struct Product : Parts<C> {
           act -= from_bf16(term);
         }
       }
+    } else if (P::is_grouped(entry)) {
+      ptx::add_pair(a.x1 + b * D + row, v[0], v[1]);
+      if (C::MLP) ptx::add_pair(a.x0 + b * D + row, v[0], v[1]);  // to which parts of down are added too
     } else if (entry.kind == HEAD && !C::SAMPLED) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {  // the highest, the lowest id among ties; NaN counts as the highest

@@ -26,10 +26,14 @@ from finial.backends.cuda.mega import layout
 from finial.backends.cuda.mega.events import IDLE, MERGE, Events, Finding, Ints, Mask, live_entries
 from finial.backends.cuda.mega.layout import (
     ATTEND,
+    ATTENDS,
+    ATTENDS_AND_KEEPS,
     COUNT,
     DOWN,
     FIRST,
     GATE_UP,
+    GROUP_ATTEND,
+    GROUP_OUTPUT,
     HEAD,
     KIND,
     LAYER,
@@ -125,6 +129,10 @@ def _ring(plan: Plan) -> Iterator[Finding]:
 def _matrix_bytes(plan: Plan, kind: int) -> int:
     """Of all matrices of a kind, up to whole units or octets."""
     layers = 1 if kind == HEAD else plan.shape.layers
+    if kind == OUTPUT and plan.by_head:
+        groups = layout.groups_of(plan.shape, OUTPUT)
+        each = layout.head_output_units(plan.shape, np.arange(layout.head_groups(plan.shape)) * groups)
+        return layers * groups * int(each.sum()) * UNIT_BYTES[plan.shape.format]
     if kind == DOWN and plan.own:
         groups, octets = layout.down_groups(plan.shape), plan.shape.ffn // layout.ROWS
         return layers * groups * octets * layout.octet_bytes(plan.shape)
@@ -144,13 +152,20 @@ def _entries(plan: Plan) -> Iterator[Finding]:
         most[product] = layout.groups_of(shape, product)
     most[ATTEND], most[SAMPLE] = plan.items, plan.rows
     most[MLP_UP], most[MLP_DOWN] = most[GATE_UP], shape.ffn // layout.ROWS
-    size = np.where(kind == ATTEND, 1, count)
+    groups = layout.groups_of(shape, OUTPUT)
+    most[GROUP_ATTEND] = layout.head_groups(shape)
+    most[GROUP_OUTPUT] = most[GROUP_ATTEND] * groups
+    size = np.where(np.isin(kind, (ATTEND, GROUP_ATTEND)), 1, count)
     bad = (kind < 0) | (kind >= len(NAMES)) | (t[:, :, LAYER] < 0) | (t[:, :, LAYER] >= shape.layers)
     bad |= (t[:, :, WAIT] >= len(plan.arrivals)) | (t[:, :, SIGNAL] >= len(plan.arrivals))
     limit = most[np.clip(kind, 0, len(NAMES))]
     bad |= (kind != TOKEN) & ((t[:, :, FIRST] < 0) | (size < 1) | (t[:, :, FIRST] + size > limit))
-    splits = (kind == ATTEND) & ((count >> 16 != plan.splits) | (count & 0xFFFF >= plan.splits))
-    for block, at in np.argwhere((bad | splits) & live)[:_MOST].tolist():
+    bad |= (kind == ATTEND) & ((count >> 16 != plan.splits) | (count & 0xFFFF >= plan.splits))
+    bad |= (kind == GROUP_ATTEND) & (count != ATTENDS) & (count != ATTENDS_AND_KEEPS)
+    bad |= (kind == GROUP_OUTPUT) & (t[:, :, FIRST] % groups + count > groups)
+    bad |= np.isin(kind, (OUTPUT,) if plan.by_head else (GROUP_OUTPUT,))
+    bad |= np.isin(kind, (ATTEND,) if plan.whole else (GROUP_ATTEND,))
+    for block, at in np.argwhere(bad & live)[:_MOST].tolist():
         yield Finding("entry", f"{_name(plan.table, block, at)} is {t[block, at].tolist()}")
     # A block's own neurons are in its shared memory from one entry to the next.
     up, down = kind[:, :-1] == MLP_UP, kind[:, 1:] == MLP_DOWN
@@ -160,6 +175,15 @@ def _entries(plan: Plan) -> Iterator[Finding]:
     alone = (up | down) & ~(up & down & same) & live[:, :-1]
     for block, at in np.argwhere(alone)[:_MOST].tolist():
         yield Finding("entry", f"{_name(plan.table, block, at)} and the next one do not share their neurons")
+    if not plan.whole:
+        return
+    # And so is what it attended for; between the two nothing else is put there.
+    attends, output = kind[:, :-1] == GROUP_ATTEND, kind[:, 1:] == GROUP_OUTPUT
+    same = (after[:, :, LAYER] == before[:, :, LAYER]) & (after[:, :, FIRST] // groups == before[:, :, FIRST])
+    alone = (attends | output) & ~(attends & output & same) & live[:, :-1]
+    alone[:, 0] |= (kind[:, 0] == GROUP_OUTPUT) & live[:, 0]
+    for block, at in np.argwhere(alone)[:_MOST].tolist():
+        yield Finding("entry", f"{_name(plan.table, block, at)} and the next one do not share a head group")
 
 
 def _name(t: NDArray[np.int32], block: int, at: int) -> str:
@@ -319,28 +343,68 @@ def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
         return np.asarray(e.layer[chosen] > 0)
 
     width, gated = layout.groups_of(shape, DOWN), layout.groups_of(shape, GATE_UP)
+    qkv_groups = layout.groups_of(shape, QKV)
     attend, merge, idle = of[ATTEND], of[MERGE], of[IDLE]
     at_split, idle_split = (e.first[which] * plan.splits + split[which] for which in (attend, idle))
     items = plan.items
+    alone = of[GROUP_ATTEND]
+    of_alone = e.first[alone] // plan.parts
+    keeping = alone[e.count[alone] == ATTENDS_AND_KEEPS]
+    kept = e.first[keeping] // plan.parts
+    if plan.by_head:  # the residual is copied by who has rows of QKV, blocks add to it, and then it is read
+        residual = [
+            access(
+                "x1",
+                qkv_groups,
+                [own(QKV)],
+                [whole(kind, qkv_groups) for kind in (GROUP_OUTPUT, GATE_UP, MLP_UP, DOWN)],
+            ),
+            access("columns by row groups", layout.head_groups(shape) * width, [own(GROUP_OUTPUT)], [], ordered=False),
+        ]
+        if plan.own:  # x0 is added to in place, and begins anew in the first layer
+
+            def first_layer(chosen: Ints) -> Mask:
+                return np.asarray(e.layer[chosen] == 0)
+
+            adding = [whole(kind, qkv_groups, 0, first_layer) for kind in (GROUP_OUTPUT, MLP_DOWN)]
+            last = [whole(HEAD, qkv_groups), whole(QKV, qkv_groups, 0, later_layers)]
+            residual.append(access("x0", qkv_groups, [own(QKV, 0, first_layer)], [*adding, *last], e.step))
+        else:
+            reads = [whole(QKV, width, -1, later_layers), whole(HEAD, width, shape.layers - 1)]
+            residual.append(access("x0", width, [own(DOWN)], reads))
+    else:
+        residual = [
+            access(
+                "x0",
+                width,
+                # With gate·up and down in one phase the residual is put there first, and blocks add to it.
+                [own(OUTPUT if plan.own else DOWN)],
+                [
+                    whole(QKV, width, -1, later_layers),
+                    own(OUTPUT, -1, later_layers),
+                    whole(HEAD, width, shape.layers - 1),
+                    whole(MLP_DOWN, width),
+                ],
+            ),
+            access("x1", width, [own(OUTPUT)], [whole(GATE_UP, width), whole(MLP_UP, width), own(DOWN)]),
+        ]
+    if plan.whole:
+        residual.append(access("new keys and values", shape.kv_heads, [_Span(keeping, kept, kept + 1)], [], gaps=False))
+    else:
+        residual += [
+            access("tickets", items, [own(MERGE)], [_Span(attend, e.first[attend], e.first[attend] + 1, -1)]),
+            access("attn", items, [own(MERGE)], [whole(OUTPUT, items), whole(GROUP_OUTPUT, items)]),
+        ]
     made = [
-        access(
-            "x0",
-            width,
-            # With gate·up and down in one phase the residual is put there first, and blocks add to it.
-            [own(OUTPUT if plan.own else DOWN)],
-            [
-                whole(QKV, width, -1, later_layers),
-                own(OUTPUT, -1, later_layers),
-                whole(HEAD, width, shape.layers - 1),
-                whole(MLP_DOWN, width),
-            ],
-        ),
-        access("x1", width, [own(OUTPUT)], [whole(GATE_UP, width), whole(MLP_UP, width), own(DOWN)]),
+        *residual,
         access(
             "qkv",
-            layout.groups_of(shape, QKV),
+            qkv_groups,
             [own(QKV)],
-            [_Span(attend, head[attend] * per_head, (head[attend] + 1) * per_head)],
+            [
+                _Span(attend, head[attend] * per_head, (head[attend] + 1) * per_head),
+                _Span(alone, of_alone * per_head, (of_alone + 1) * per_head),
+            ],
         ),
         access(
             "parts",
@@ -356,8 +420,6 @@ def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
             [],
             ordered=False,
         ),
-        access("tickets", items, [own(MERGE)], [_Span(attend, e.first[attend], e.first[attend] + 1, -1)]),
-        access("attn", items, [own(MERGE)], [whole(OUTPUT, items)]),
         access("act", gated, [own(MLP_UP if plan.own else GATE_UP)], [whole(DOWN, gated)], ordered=not plan.own),
         access("rows of the head", layout.groups_of(shape, HEAD), [own(HEAD)], [], e.step, ordered=False),
     ]
@@ -399,22 +461,38 @@ def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
 
 
 def _sums(events: Events) -> Iterator[Finding]:
-    """What blocks add to x0 is all there when anybody reads it; among each other additions have no order."""
-    adds = np.flatnonzero(events.kind == MLP_DOWN)
-    if not len(adds):
-        return
-    layers = events.plan.shape.layers
-    version = events.step * layers + events.layer
-    last = np.zeros((events.steps * layers, events.agents), np.int16)
-    np.maximum.at(last, (version[adds], events.agent[adds]), events.order[adds].astype(np.int16))
-    reads = np.flatnonzero(np.isin(events.kind, (QKV, OUTPUT)) & (events.layer > 0))
-    head = np.flatnonzero(events.kind == HEAD)
-    wanted = np.concatenate([version[reads] - 1, version[head] + layers - 1])
-    for event, needs in zip(np.concatenate([reads, head]).tolist(), wanted.tolist(), strict=True):
-        missing = last[needs] > events.clocks[event]
-        if missing.any():
-            agent = int(np.flatnonzero(missing)[0])
-            yield Finding("order", f"{events.name(event)} reads what block {agent} adds to x0: no order")
+    """What blocks add to a buffer is all there when anybody reads it, and they begin when nobody reads it as it was.
+
+    Among each other additions have no order; what they are added to is a write like others, see `_accesses`.
+    """
+    plan, kind = events.plan, events.kind
+    layers = plan.shape.layers
+    version = events.step * layers + events.layer  # what is added in a layer is what the next one reads
+    if plan.by_head:
+        adds, reads = np.flatnonzero(kind == GROUP_OUTPUT), np.flatnonzero(np.isin(kind, (GATE_UP, MLP_UP, DOWN)))
+        yield from _added(events, "x1", adds, version[adds], reads, version[reads])
+    if plan.own:
+        adds = np.flatnonzero(np.isin(kind, (MLP_DOWN, GROUP_OUTPUT)))
+        residual = (QKV,) if plan.by_head else (QKV, OUTPUT)
+        reads = np.flatnonzero((np.isin(kind, residual) & (events.layer > 0)) | (kind == HEAD))
+        wanted = version[reads] + np.where(kind[reads] == HEAD, layers, 0) - 1
+        yield from _added(events, "x0", adds, version[adds], reads, wanted)
+
+
+def _added(events: Events, buffer: str, adds: Ints, added: Ints, reads: Ints, wanted: Ints) -> Iterator[Finding]:
+    """Reads of a version come after its additions, additions after the reads of the version before."""
+    versions = int(max(added.max(initial=0), wanted.max(initial=0))) + 2
+    for earlier, of, later, needed, does in (
+        (adds, added, reads, wanted, "reads what {} adds to"),
+        (reads, wanted + 1, adds, added, "adds to what {} reads in"),
+    ):
+        last = np.zeros((versions, events.agents), np.int16)
+        np.maximum.at(last, (of, events.agent[earlier]), events.order[earlier].astype(np.int16))
+        for event, needs in zip(later.tolist(), needed.tolist(), strict=True):
+            missing = last[needs] > events.clocks[event]
+            if missing.any():
+                agent = int(np.flatnonzero(missing)[0])
+                yield Finding("order", f"{events.name(event)} {does.format(f'block {agent}')} {buffer}: no order")
 
 
 @dataclass(frozen=True)
@@ -432,8 +510,14 @@ def _cache(plan: Plan, events: Events) -> Iterator[Finding]:
     heads = plan.rows * plan.shape.kv_heads
     attend = np.flatnonzero(events.kind == ATTEND)
     cell = events.layer[attend] * heads + events.first[attend] // plan.parts
+    writes = np.ones(len(attend), bool)
+    if plan.whole:  # of all rows; one block of a head's writes
+        attend = np.flatnonzero(events.kind == GROUP_ATTEND)
+        cell = events.layer[attend] * heads + events.first[attend] // plan.parts
+        writes = events.count[attend] == ATTENDS_AND_KEEPS
+    wrote, where = attend[writes], cell[writes]
     last = np.zeros((events.steps, plan.shape.layers * heads, events.agents), np.int16)
-    np.maximum.at(last, (events.step[attend], cell, events.agent[attend]), events.order[attend].astype(np.int16))
+    np.maximum.at(last, (events.step[wrote], where, events.agent[wrote]), events.order[wrote].astype(np.int16))
     later = events.step[attend] > 0
     for event, where in zip(attend[later].tolist(), cell[later].tolist(), strict=True):
         missing = last[events.step[event] - 1, where] > events.clocks[event]

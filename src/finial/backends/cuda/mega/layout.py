@@ -10,14 +10,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from finial.backends.cuda.kernels import heads_at_once
 from finial.backends.cuda.mega.shape import MegaShape
 
 Numbers = int | NDArray[np.int64]
 
 # Kinds of entries.
-QKV, ATTEND, OUTPUT, GATE_UP, DOWN, HEAD, SAMPLE, TOKEN, MLP_UP, MLP_DOWN = range(10)
+QKV, ATTEND, OUTPUT, GATE_UP, DOWN, HEAD, SAMPLE, TOKEN, MLP_UP, MLP_DOWN, GROUP_ATTEND, GROUP_OUTPUT = range(12)
 END = -1
-NAMES = ("QKV", "ATTEND", "OUTPUT", "GATE_UP", "DOWN", "HEAD", "SAMPLE", "TOKEN", "MLP_UP", "MLP_DOWN")
+NAMES = (
+    *("QKV", "ATTEND", "OUTPUT", "GATE_UP", "DOWN", "HEAD", "SAMPLE", "TOKEN", "MLP_UP", "MLP_DOWN"),
+    *("GROUP_ATTEND", "GROUP_OUTPUT"),
+)
 PRODUCTS = (QKV, OUTPUT, GATE_UP, DOWN, HEAD)
 # Fields of an entry, int32 each.
 KIND, LAYER, FIRST, COUNT, WAIT, TARGET, SIGNAL, STAGES = range(8)
@@ -30,6 +34,7 @@ UNIT_K = 32  # weights of each of them in a unit
 UNIT_BYTES = {"bf16": 512, "fp8": 256, "q8_0": 272}
 MOST_ROWS = 8  # sequences of a step
 MOST_SPLITS = 32
+ATTENDS, ATTENDS_AND_KEEPS = 1, 2  # count of GROUP_ATTEND: whether the block also writes the new key and value
 STOPS = 8  # tokens that may end a row
 
 
@@ -139,3 +144,31 @@ def octet_bytes(shape: MegaShape) -> int:
 def down_groups(shape: MegaShape) -> int:
     """Row groups of down, all of which every block has for its own neurons."""
     return groups_of(shape, DOWN)
+
+
+# --- head groups: what a block attends for by itself ------------------------------------------------------------------
+
+
+def parts_of(shape: MegaShape) -> int:
+    """Head groups of a key/value head: its query heads in as many parts as registers want."""
+    return -(-shape.group // heads_at_once(shape.cache, shape.group))
+
+
+def head_groups(shape: MegaShape) -> int:
+    """Of a row; a group's number is key/value head · parts + part."""
+    return shape.kv_heads * parts_of(shape)
+
+
+def head_columns(shape: MegaShape, number: Numbers) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(first, how many) of the columns of the product after attention that a head group's results meet."""
+    parts, heads = parts_of(shape), heads_at_once(shape.cache, shape.group)
+    head, part = np.divmod(np.asarray(number, np.int64), parts)
+    first = head * shape.group + part * heads
+    return first * shape.head_dim, np.minimum(heads, shape.group - part * heads) * shape.head_dim
+
+
+def head_output_units(shape: MegaShape, first: Numbers) -> NDArray[np.int64]:
+    """Units of a row group of GROUP_OUTPUT, whose `first` is head group · row groups + row group."""
+    _, columns = head_columns(shape, np.asarray(first, np.int64) // groups_of(shape, OUTPUT))
+    units: NDArray[np.int64] = -(-columns // UNIT_K)
+    return units

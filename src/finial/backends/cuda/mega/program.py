@@ -80,7 +80,7 @@ class Session:
             "qkv": keep(4 * rows * shape.qkv_rows),
             "attn": keep(4 * rows * shape.heads * d),
             "act": keep(4 * rows * shape.ffn),
-            "parts": keep(4 * plan.items * plan.splits * plan.heads * (d + 2)),
+            "parts": keep(plan.parts_bytes),
             "tickets": keep(4 * plan.items),
             "counters": keep(4 * layout.counters(shape) * layout.COUNTER_STRIDE),
             "candidates": keep(8 * 2 * plan.blocks * rows),

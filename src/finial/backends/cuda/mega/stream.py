@@ -25,6 +25,7 @@ from finial.backends.cuda.mega.layout import (
     DOWN,
     FIRST,
     GATE_UP,
+    GROUP_OUTPUT,
     HEAD,
     KIND,
     LAYER,
@@ -49,6 +50,7 @@ def matrices(recognised: Recognised, kind: int, layer: int) -> tuple[str, ...]:
     return {
         QKV: names.qkv,
         OUTPUT: (names.output,),
+        GROUP_OUTPUT: (names.output,),
         GATE_UP: (names.gate, names.up),
         DOWN: (names.down,),
         MLP_UP: (names.gate, names.up),
@@ -119,6 +121,8 @@ class Packer:
         """The units of these groups."""
         if kind == MLP_DOWN:
             return self._octets(layer, tensors[0], first, count)
+        if kind == GROUP_OUTPUT:
+            return self._columns(layer, tensors[0], first, count)
         kind = GATE_UP if kind == MLP_UP else kind
         order = self._orders[kind][first * ROWS : (first + count) * ROWS]
         k_units, format = layout.k_units(self._shape, kind), self._shape.format
@@ -136,26 +140,39 @@ class Packer:
         assert tensors[0].format == format, (tensors[0].format, format)
         if format == "bf16":
             return _units(rows, count, k_units, 2 * UNIT_K).reshape(-1)
-        raw = _by_unit(rows, count, k_units, 2 + UNIT_K)  # an f16, then 32 int8
-        out = np.empty((count, k_units, layout.UNIT_BYTES["q8_0"]), np.uint8)
-        split = ROWS * UNIT_K
-        weights, scales = (part.reshape(count, k_units, ROWS, -1) for part in (out[:, :, :split], out[:, :, split:]))
-        assert np.shares_memory(weights, out) and np.shares_memory(scales, out)
-        np.bitwise_xor(raw[:, :, :, 2:], np.uint8(128), out=weights)
-        scales[:] = raw[:, :, :, :2]
-        return out.reshape(-1)
+        return _q8_units(rows, count, k_units)
+
+    def _columns(self, layer: int, tensor: Tensor, first: int, count: int) -> Bytes:
+        """The units of these row groups of the product after attention in the columns of a head group."""
+        number, group = divmod(first, layout.groups_of(self._shape, OUTPUT))
+        (column, columns), k_units = (
+            layout.head_columns(self._shape, number),
+            layout.head_output_units(self._shape, first),
+        )
+        begin, end, some = int(column), int(column + columns), slice(group * ROWS, (group + count) * ROWS)
+        if self._shape.format == "fp8":
+            data = self._packed(tensor, "o_scales", layer)
+            return _units(data[some, begin:end], count, int(k_units), UNIT_K).reshape(-1)
+        stored = tensor.data.view(np.uint8).reshape(tensor.shape[0], -1)[some]
+        if self._shape.format == "bf16":
+            return _units(stored[:, 2 * begin : 2 * end], count, int(k_units), 2 * UNIT_K).reshape(-1)
+        size = 2 + UNIT_K
+        return _q8_units(stored[:, begin // UNIT_K * size : end // UNIT_K * size], count, int(k_units))
+
+    def _packed(self, tensor: Tensor, scales_name: str, layer: int) -> Bytes:
+        """A whole matrix in fp8, as a scale is a row's."""
+        if self._whole[0] is not tensor:
+            data, scales = pack_matrix([tensor], "fp8", interleave=False)
+            self._put(scales_name, layer, scales[:, 0])
+            self._whole = tensor, data[:, : tensor.shape[1]]
+        return self._whole[1]
 
     def _octets(self, layer: int, tensor: Tensor, first: int, count: int) -> Bytes:
         """All rows of down for these octets of neurons."""
-        rows, k = tensor.shape
-        if self._shape.format == "fp8":  # whole rows, as a scale is a row's
-            if self._whole[0] is not tensor:
-                data, scales = pack_matrix([tensor], "fp8", interleave=False)
-                self._put("down_scales", layer, scales[:, 0])
-                self._whole = tensor, data[:, :k]
-            data, size = self._whole[1], 1
+        if self._shape.format == "fp8":
+            data, size = self._packed(tensor, "down_scales", layer), 1
         else:
-            data, size = tensor.data.view(np.uint8).reshape(rows, -1), 2
+            data, size = tensor.data.view(np.uint8).reshape(tensor.shape[0], -1), 2
         part = data[:, first * ROWS * size : (first + count) * ROWS * size]
         return _units(part, layout.down_groups(self._shape), count, ROWS * size).reshape(-1)
 
@@ -172,6 +189,17 @@ def _rows(tensors: list[Tensor], order: NDArray[np.int64]) -> Bytes:
         mine = which == number
         out[mine] = matrix[row[mine]]
     return out
+
+
+def _q8_units(rows: Bytes, count: int, k_units: int) -> Bytes:
+    raw = _by_unit(rows, count, k_units, 2 + UNIT_K)  # an f16, then 32 int8
+    out = np.empty((count, k_units, layout.UNIT_BYTES["q8_0"]), np.uint8)
+    split = ROWS * UNIT_K
+    weights, scales = (part.reshape(count, k_units, ROWS, -1) for part in (out[:, :, :split], out[:, :, split:]))
+    assert np.shares_memory(weights, out) and np.shares_memory(scales, out)
+    np.bitwise_xor(raw[:, :, :, 2:], np.uint8(128), out=weights)
+    scales[:] = raw[:, :, :, :2]
+    return out.reshape(-1)
 
 
 def _units(rows: Bytes, count: int, k_units: int, width: int) -> Bytes:

@@ -9,6 +9,11 @@ A step is a list of phases, each shared out over the blocks: for every layer QKV
 then HEAD, SAMPLE where tokens are drawn, and TOKEN.  Products go by row groups of 8 weight rows, in the order of
 `layout.row_order`.  With `fused_mlp` a block's rows of gate·up make neurons that nobody else sees (MLP_UP), and it adds
 their part of down to everybody's rows (MLP_DOWN): one wait less a layer, and sums in the order of arrival.
+
+With `by_head` the product after attention is shared out by head groups: a team of blocks has a group's columns, each
+block some of the rows, which it adds to everybody's residual (GROUP_OUTPUT).  With `whole` each block of a team attends
+for the group by itself (GROUP_ATTEND), all positions of all rows: one wait less again, for as long as positions are
+few; else attention is split as ever.  The streams are the same, so that a run may go from one to the other.
 """
 
 from __future__ import annotations
@@ -22,11 +27,16 @@ from finial.backends.cuda import kernels
 from finial.backends.cuda.kernels import Kernel, heads_at_once
 from finial.backends.cuda.mega.layout import (
     ATTEND,
+    ATTENDS,
+    ATTENDS_AND_KEEPS,
     COUNT,
     DOWN,
     END,
     ENTRY,
+    FIRST,
     GATE_UP,
+    GROUP_ATTEND,
+    GROUP_OUTPUT,
     HEAD,
     KIND,
     MLP_DOWN,
@@ -50,8 +60,12 @@ from finial.backends.cuda.mega.layout import (
     counters,
     down_groups,
     groups_of,
+    head_columns,
+    head_groups,
+    head_output_units,
     k_units,
     octet_bytes,
+    parts_of,
     product_size,
 )
 from finial.backends.cuda.mega.shape import MegaShape, Unsuited
@@ -60,6 +74,9 @@ STATE_SHARED = 4 << 10  # for barriers, rows and sums of squares, after everythi
 RESERVED_SHARED = 1 << 10  # of every block, by the system (CUDA C++ programming guide, from 8.0)
 STAGE_BYTES = 16 << 10  # about this much is copied at once
 LEAST_STAGES = 3
+# What a block reads of keys and values at most where it attends by itself: about what a split of at least 128 positions
+# reads and the wait that this saves takes to read, at 40 GB/s a multiprocessor from L2 (reckoned, not measured).
+WHOLE_BYTES = 128 << 10
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
@@ -77,6 +94,7 @@ class Plan:
         most_groups: row groups whose sums go through shared memory at once.
         splits: of each attention item; heads: query heads of an item; parts: items of a key/value head and row.
         own: neurons that a block keeps for itself at most; 0 where gate·up and down are two phases.
+        by_head, whole: see the module.
         sampled: tokens are drawn; otherwise the highest logit is taken where it is made.
         table: int32 [blocks, entries, 8], ended by END.
         arrivals: int32 [counters], of a step.
@@ -94,6 +112,8 @@ class Plan:
     heads: int
     parts: int
     own: int
+    by_head: bool
+    whole: bool
     sampled: bool
     table: NDArray[np.int32]
     arrivals: NDArray[np.int32]
@@ -101,8 +121,16 @@ class Plan:
 
     @property
     def items(self) -> int:
-        """Of attention: row, then key/value head, then part of its group."""
-        return self.rows * self.shape.kv_heads * self.parts
+        """Of attention: row, then key/value head, then part of its group; none where blocks attend by themselves."""
+        return 0 if self.whole else self.rows * self.shape.kv_heads * self.parts
+
+    @property
+    def parts_bytes(self) -> int:
+        """Of what splits leave for who merges them, or of each block's copy of a new key and value."""
+        d = self.shape.head_dim
+        if self.whole:
+            return self.blocks * 2 * kernels.cache_row_bytes(self.shape.cache, d)
+        return 4 * self.items * self.splits * self.heads * (d + 2)
 
     @property
     def entries(self) -> int:
@@ -168,6 +196,8 @@ def make_plan(
     warps: int = 8,
     stage_bytes: int = STAGE_BYTES,
     fused_mlp: bool = False,
+    by_head: bool = False,
+    whole: bool = False,
 ) -> Plan:
     """The table for a device, one block a multiprocessor.
 
@@ -175,6 +205,7 @@ def make_plan(
         rows: sequences of a step, 1 to 8.
         shared: bytes of shared memory that a block may have.
         fused_mlp: see the module; not for q8_0, whose blocks lie along the neurons.
+        by_head, whole: see the module; `whole` only with `by_head`.
     Raises:
         Unsuited: it does not fit; says what.
     """
@@ -182,20 +213,21 @@ def make_plan(
         raise Unsuited(f"{rows} sequences in a step: at most {MOST_ROWS}")
     if fused_mlp and (shape.format == "q8_0" or shape.ffn % ROWS):
         raise Unsuited(f"gate·up and down in one phase want whole octets of neurons in bf16 or fp8, not {shape.format}")
+    if by_head and shape.format == "q8_0" and (head_columns(shape, np.arange(head_groups(shape)))[1] % 32).any():
+        raise Unsuited(f"blocks of 32 of q8_0 lie across the head groups of {shape.head_dim} values a head")
+    assert by_head or not whole
     blocks = min(multiprocessors, groups_of(shape, HEAD))  # every block has rows of the head: see check.py
-    heads = heads_at_once(shape.cache, shape.group)
-    parts = -(-shape.group // heads)
-    items = rows * shape.kv_heads * parts
-    splits = split_count(items, blocks)
-    builder = _Builder(shape, blocks, rows, parts, splits, sampled, fused_mlp)
+    heads, parts = heads_at_once(shape.cache, shape.group), parts_of(shape)
+    splits = 1 if whole else split_count(rows * shape.kv_heads * parts, blocks)
+    builder = _Builder(shape, blocks, rows, parts, splits, sampled, fused_mlp, by_head, whole)
     table, arrivals = builder.build(), builder.arrivals
-    products = np.isin(table[:, :, KIND], (*PRODUCTS, MLP_UP))
+    products = np.isin(table[:, :, KIND], (*PRODUCTS, MLP_UP, GROUP_OUTPUT))
     octets = int(np.max(table[:, :, COUNT][table[:, :, KIND] == MLP_DOWN], initial=0))
     most_groups = min(8, int(table[:, :, COUNT][products].max()))
     terms, unit = terms_of(rows), UNIT_BYTES[shape.format]
     room = shared - RESERVED_SHARED
     while True:
-        layout = _shared(shape, rows, terms, warps, most_groups, heads, octets * ROWS, table.shape[1])
+        layout = _shared(shape, rows, terms, warps, most_groups, heads, octets * ROWS, by_head, whole, table.shape[1])
         stage_units = max(warps, stage_bytes // unit // warps * warps)
         stages = (room - layout.total) // (stage_units * unit)
         if stages >= LEAST_STAGES:
@@ -208,7 +240,7 @@ def make_plan(
             terms -= 1
         else:
             raise Unsuited(
-                f"{rows} rows of {_most_k(shape, octets):,} values take {layout.total:,} of {max(room, 0):,} bytes of "
+                f"{rows} rows of {_most_k(shape, octets, by_head):,} values take {layout.total:,} of {max(room, 0):,} bytes of "
                 f"a block's shared memory, which leaves no room for weights"
             )
     stages = min(stages, 32)
@@ -238,6 +270,8 @@ def make_plan(
         heads,
         parts,
         octets * ROWS,
+        by_head,
+        whole,
         sampled,
         table,
         arrivals,
@@ -251,7 +285,15 @@ def _units(shape: MegaShape, table: NDArray[np.int32]) -> NDArray[np.int64]:
         per_group[kind] = k_units(shape, kind)
     per_group[MLP_UP] = k_units(shape, GATE_UP)
     units: NDArray[np.int64] = per_group[table[:, :, KIND]] * table[:, :, COUNT]
+    mine = table[:, :, KIND] == GROUP_OUTPUT
+    units[mine] = head_output_units(shape, table[mine][:, FIRST]) * table[mine][:, COUNT]
     return units
+
+
+def whole_positions(shape: MegaShape, rows: int) -> int:
+    """How many positions of each row blocks attend to by themselves at most: `WHOLE_BYTES` of keys and values."""
+    most = WHOLE_BYTES // (rows * 2 * kernels.cache_row_bytes(shape.cache, shape.head_dim))
+    return 1 << 30 if shape.window is not None and shape.window <= most else most
 
 
 def terms_of(rows: int) -> int:
@@ -267,23 +309,38 @@ def split_count(items: int, blocks: int) -> int:
     return min(range(1, MOST_SPLITS + 1), key=lambda splits: -(-items * splits // blocks) * (1 / splits + 0.02))
 
 
-def _most_k(shape: MegaShape, own: int) -> int:
+def _most_k(shape: MegaShape, own: int, by_head: bool) -> int:
     """Of the products whose x is that of all blocks."""
-    return max(product_size(shape, kind)[1] for kind in PRODUCTS if kind != DOWN or not own)
+    sizes = {kind: product_size(shape, kind)[1] for kind in PRODUCTS}
+    if own:
+        del sizes[DOWN]
+    if by_head:
+        sizes[OUTPUT] = heads_at_once(shape.cache, shape.group) * shape.head_dim
+    return max(sizes.values())
 
 
 def _shared(
-    shape: MegaShape, rows: int, terms: int, warps: int, most_groups: int, heads: int, own: int, entries: int
+    shape: MegaShape,
+    rows: int,
+    terms: int,
+    warps: int,
+    most_groups: int,
+    heads: int,
+    own: int,
+    by_head: bool,
+    whole: bool,
+    entries: int,
 ) -> SharedLayout:
     """Without the ring."""
-    k = -(-_most_k(shape, own) // 64) * 64 + 32  # see STRIDE in mega_parts.cuh
+    k = -(-_most_k(shape, own, by_head) // 64) * 64 + 32  # see STRIDE in mega_parts.cuh
+    x = _aligned(rows * terms * k * 2)
     d = -(-shape.head_dim // 16) * 16
     return SharedLayout(
         ring=0,
-        x=_aligned(rows * terms * k * 2),
+        x=x,
         sums=warps * most_groups * 16 * ROWS * 4,
-        # Queries and the new key and value, the rotation, and each warp's sums.
-        attend=_aligned(((heads + 2) * d + d + warps * heads * (d + 2)) * 4),
+        # Queries and the new key and value, the rotation, and each warp's sums; beyond x where the result lies there.
+        attend=_aligned(((heads + 2) * d + d + warps * heads * (d + 2)) * 4) + (x if whole else 0),
         # A histogram of 256, and two numbers of 8 bytes of each thread.
         sample=_aligned(256 * 8 + warps * 32 * 16),
         own=_aligned(rows * terms * (own + 8) * 2) if own else 0,
@@ -299,9 +356,19 @@ class _Builder:
     """Entries phase by phase; weights are shared out so that streams are of equal length too."""
 
     def __init__(
-        self, shape: MegaShape, blocks: int, rows: int, parts: int, splits: int, sampled: bool, fused_mlp: bool
+        self,
+        shape: MegaShape,
+        blocks: int,
+        rows: int,
+        parts: int,
+        splits: int,
+        sampled: bool,
+        fused_mlp: bool,
+        by_head: bool,
+        whole: bool,
     ) -> None:
         self._shape, self._blocks, self._rows, self._fused_mlp = shape, blocks, rows, fused_mlp
+        self._by_head, self._whole = by_head, whole
         self._parts, self._splits, self._sampled = parts, splits, sampled
         self._load = np.zeros(blocks, np.int64)  # units
         self._chunks: list[NDArray[np.int32]] = []  # of entries, each with its block before it
@@ -313,8 +380,12 @@ class _Builder:
         before = NOTHING
         for layer in range(shape.layers):
             self._product(QKV, layer, before)
-            self._attention(layer)
-            self._product(OUTPUT, layer, counter(shape, ATTEND, layer))
+            if not self._whole:
+                self._attention(layer)
+            if self._by_head:
+                self._head_groups(layer)
+            else:
+                self._product(OUTPUT, layer, counter(shape, ATTEND, layer))
             if self._fused_mlp:
                 self._mlp(layer)
             else:
@@ -351,7 +422,7 @@ class _Builder:
         self._chunks.append(np.stack(columns, axis=1).astype(np.int32))
         if kind == ATTEND:  # who merges an item signals
             self.arrivals[signal] = self._rows * self._shape.kv_heads * self._parts
-        elif kind not in (TOKEN, MLP_UP):
+        elif kind not in (TOKEN, MLP_UP, GROUP_ATTEND):
             np.add.at(self.arrivals, columns[7], 1)
 
     def _product(self, kind: int, layer: int, wait: int) -> None:
@@ -362,7 +433,8 @@ class _Builder:
         counts[self._least_loaded()[:more]] += 1
         self._load += counts * units
         ends = np.cumsum(counts)
-        heads = shape.kv_heads if kind == QKV else 1
+        # Where blocks attend by themselves all residuals must be there too, which every block of QKV copies a part of.
+        heads = shape.kv_heads if kind == QKV and not self._whole else 1
         # Cut where the block changes and where the counter does.
         cuts = np.unique(np.concatenate([ends, np.arange(1, heads + 1) * (groups // heads) if heads > 1 else ends]))
         first = np.concatenate([[0], cuts[:-1]])
@@ -385,6 +457,26 @@ class _Builder:
         self._add(block, MLP_UP, layer, 2 * first, 2 * counts, counter(shape, OUTPUT, layer), NOTHING)
         self._add(block, MLP_DOWN, layer, first, counts, NOTHING, counter(shape, DOWN, layer))
 
+    def _head_groups(self, layer: int) -> None:
+        """Each head group's columns to a team of blocks, its row groups shared out among them."""
+        shape, blocks, signal = self._shape, self._blocks, counter(self._shape, OUTPUT, layer)
+        numbers, groups = np.arange(head_groups(shape)), groups_of(shape, OUTPUT)
+        units = head_output_units(shape, numbers * groups)
+        for number, (begin, end) in enumerate(_teams(units, blocks)):
+            each, more = divmod(groups, end - begin)
+            counts = np.full(end - begin, each)
+            counts[np.argsort(self._load[begin:end], kind="stable")[:more]] += 1
+            first, block = number * groups + np.cumsum(counts) - counts, np.flatnonzero(counts) + begin
+            self._load[begin:end] += counts * units[number]
+            first, counts = first[counts > 0], counts[counts > 0]
+            if self._whole:
+                keeps = (number % self._parts == 0) & (np.arange(len(block)) == 0)  # one of all blocks of a head
+                does = np.where(keeps, ATTENDS_AND_KEEPS, ATTENDS)
+                self._add(block, GROUP_ATTEND, layer, number, does, counter(shape, QKV, layer), NOTHING)
+                self._add(block, GROUP_OUTPUT, layer, first, counts, NOTHING, signal)
+            else:
+                self._add(block, GROUP_OUTPUT, layer, first, counts, counter(shape, ATTEND, layer), signal)
+
     def _attention(self, layer: int) -> None:
         shape, splits, blocks = self._shape, self._splits, self._blocks
         pairs = self._rows * shape.kv_heads * self._parts * splits
@@ -393,6 +485,19 @@ class _Builder:
         item, split = np.divmod(pair, splits)
         wait = counter(shape, QKV, layer) + item // self._parts % shape.kv_heads
         self._add(block, ATTEND, layer, item, split | splits << 16, wait, counter(shape, ATTEND, layer))
+
+
+def _teams(units: NDArray[np.int64], blocks: int) -> list[tuple[int, int]]:
+    """Which blocks have each head group, by its units; with fewer blocks than groups each group has one."""
+    count = len(units)
+    if blocks < count:
+        return [(number % blocks, number % blocks + 1) for number in range(count)]
+    # Everybody has one, the others go to whoever has most for each block of its own.
+    sizes = np.ones(count, np.int64)
+    for _ in range(blocks - count):
+        sizes[np.argmax(units / sizes)] += 1
+    ends = np.cumsum(sizes)
+    return list(zip((ends - sizes).tolist(), ends.tolist(), strict=True))
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
@@ -439,6 +544,8 @@ def kernel(plan: Plan, page_size: int, *, bulk: bool = True, least: int = 128) -
         SAMPLED=plan.sampled,
         MLP=plan.own > 0,
         OWN=plan.own,
+        BY_HEAD=plan.by_head,
+        WHOLE=plan.whole,
         ENTRIES=plan.entries,
         SCRATCH=plan.shared.scratch,
     )
