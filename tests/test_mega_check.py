@@ -59,7 +59,7 @@ def test_head_groups_of_real_models(name: str, whole: bool) -> None:
     shape, options = REAL[name], {"multiprocessors": 132, "shared": SHARED[90], "fused_mlp": True, "by_head": True}
     made = make_plan(shape, rows=2, whole=whole, **options)  # type: ignore[arg-type]
     assert check(made) == []
-    waits = {int(c) for c in made.table[:, :, WAIT].flat if 0 <= c}
+    waits = {int(c) for c in made.table[:, :, WAIT].flat if c >= 0}
     per_layer = len([c for c in waits if c // (shape.kv_heads + 4) == 1])
     assert per_layer == 3 if whole else per_layer == 3 + shape.kv_heads  # a counter for each head of QKV
 
@@ -121,8 +121,8 @@ SHAPES = {
     "fused": make_plan(SMALL, rows=2, multiprocessors=7, shared=SHARED[86], warps=2, fused_mlp=True),
     "by head": make_plan(
         replace(SMALL, kv_heads=3, heads=15, width=72),  # groups of three and two heads
-        **{"rows": 2, "multiprocessors": 8, "shared": SHARED[86], "warps": 2},
-        **{"fused_mlp": True, "by_head": True, "whole": True},
+        rows=2, multiprocessors=8, shared=SHARED[86], warps=2,
+        fused_mlp=True, by_head=True, whole=True,
     ),
     "split by head": make_plan(
         replace(SMALL, format="q8_0", width=72), rows=2, multiprocessors=3, shared=SHARED[86], warps=2, by_head=True

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from benchmarks.gpu import mega
 
 import models
 from cuda_twin import CXX, TwinDevice
-from finial.backends.cuda import driver, run_feeds
+from finial.backends.cuda import driver, run_feeds, ways
 from finial.backends.cuda.device import Launch
 from finial.backends.cuda.mega import layout, table
 from finial.backends.cuda.mega import program as megakernel
+from finial.backends.cuda.mega.program import VARIANTS
 from finial.backends.cuda.mega.table import make_plan
 from finial.backends.cuda.program import CudaProgram, headroom
 from finial.backends.cuda.ways import VARIABLE, Trial, TryOut
@@ -82,7 +84,9 @@ def reference(saved: Callable[[str], Path]) -> Callable[..., list[list[int]]]:
     return of
 
 
-@pytest.mark.parametrize("way, name", [("mega", "qwen3"), ("mega", "qwen2"), ("mega-fused", "qwen3")])
+@pytest.mark.parametrize(
+    "way, name", [("mega", "qwen3"), ("mega", "qwen2"), ("mega-fused", "qwen3"), ("mega-heads", "qwen3")]
+)
 def test_greedy_text_is_the_references(
     way: str, name: str, load: Load, reference: Callable[..., list[list[int]]]
 ) -> None:
@@ -90,10 +94,10 @@ def test_greedy_text_is_the_references(
     llm, device = load(way, name)
     sampling = {"max_tokens": 21, "temperature": 0.0, "ignore_eos": True}
     assert texts(llm, PROMPTS[:1], **sampling) == reference(name, PROMPTS[:1], **sampling)
-    notes = ["decoding 1 row by megakernel, as FINIAL_CUDA says"]
+    notes = [f"decoding 1 row by {way}, as FINIAL_CUDA says"]
     if (way, name) == ("mega", "qwen3"):
         assert texts(llm, PROMPTS, **sampling) == reference(name, PROMPTS, **sampling)
-        notes.append("decoding up to 2 rows by megakernel, as FINIAL_CUDA says")
+        notes.append("decoding up to 2 rows by mega, as FINIAL_CUDA says")
     assert "mega" in device.templates and llm.notes == notes
 
 
@@ -104,7 +108,7 @@ def test_seeds_and_stop_tokens_mean_the_same(load: Load, reference: Callable[...
     sampling = {"max_tokens": 12, "temperature": 0.8, "top_p": 0.9, "seed": 11, "ignore_eos": True}
     expected = reference("qwen3", prompts, **sampling)
     assert texts(llm, prompts, **sampling) == expected
-    assert "decoding up to 4 rows by megakernel, as FINIAL_CUDA says" in llm.notes
+    assert "decoding up to 4 rows by mega, as FINIAL_CUDA says" in llm.notes
     ended = {**sampling, "stop_ids": [expected[0][5]]}
     assert texts(llm, prompts, **ended) == reference("qwen3", prompts, **ended)
     assert "mega" in device.templates
@@ -130,12 +134,13 @@ def test_a_run_that_is_left_changes_nothing_for_the_next(load: Load, reference: 
 def test_a_table_that_is_wrong_does_not_run(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*given: Any, **options: Any) -> table.Plan:
         made = make_plan(*given, **options)
-        made.table[0, 1, layout.WAIT] = -1
+        made.table[:, :, layout.WAIT][made.table[:, :, layout.KIND] == layout.TOKEN] = -1
         return made
 
     monkeypatch.setattr(megakernel, "make_plan", wrong)
     llm, _ = load("auto")
-    assert "its table for this shape and GPU is wrong" in llm.notes[0] and "no order" in llm.notes[0]
+    for name, note in zip(VARIANTS, llm.notes, strict=True):
+        assert note.startswith(f"not by {name}: its table for this shape and GPU is wrong") and "no order" in note
 
 
 def test_a_launch_that_gives_up_changes_no_token(
@@ -173,43 +178,92 @@ def sessions(llm: LLM) -> list[megakernel.Session]:
     return list(llm._executable._states[0].sessions.values())
 
 
-@pytest.mark.parametrize(
-    "mega_s, same, chosen",
-    [
-        (0.5, True, "by megakernel: megakernel 500.000 ms a step, graph 1000.000 ms"),
-        (2.0, True, "by graph: megakernel 2000.000 ms a step, graph 1000.000 ms"),
-        (0.5, False, "by graph: the megakernel's tokens differ (megakernel 500.000 ms a step, graph 1000.000 ms)"),
-    ],
-)
-def test_the_faster_way_is_found_by_trying_both(
-    mega_s: float,
-    same: bool,
-    chosen: str,
-    load: Load,
-    monkeypatch: pytest.MonkeyPatch,
-    reference: Callable[..., list[list[int]]],
-) -> None:
-    """Both run, over a cache of their own; only their times are made up here."""
+Timed = Callable[..., None]
+TIMES = "graph 1000.000 ms a step, mega 500.000 ms, mega-heads {} ms, mega-fused {} ms"
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Timed:
+    """All ways run, over a cache of their own; only their times are made up, and where asked their tokens spoilt."""
     real = CudaProgram._try_out
 
-    def timed(self: CudaProgram, page_size: int) -> TryOut:
-        run = real(self, page_size)
+    def of(seconds: dict[str, float], spoilt: str = "") -> None:
+        def made_up(self: CudaProgram, page_size: int) -> TryOut:
+            run = real(self, page_size)
 
-        def one(rows: int, by_mega: bool) -> Trial:
-            found = run(rows, by_mega)
-            assert found.step_s > 0 and found.tokens.shape == (9, rows)
-            return Trial(mega_s if by_mega else 1.0, found.tokens if same or not by_mega else found.tokens + 1)
+            def one(rows: int, by_mega: bool) -> Trial:
+                found, name = run(rows, by_mega), self.ways.name if by_mega else "graph"
+                assert found.step_s > 0 and found.tokens.shape == (9, rows)
+                return Trial(seconds.get(name, 1.0), found.tokens + (by_mega and name == spoilt))
 
-        return one
+            return one
 
-    monkeypatch.setattr(CudaProgram, "_try_out", timed)
-    sampling = {"max_tokens": 5, "temperature": 0.0, "ignore_eos": True}
+        monkeypatch.setattr(CudaProgram, "_try_out", made_up)
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "heads_s, fused_s, chosen",
+    [(0.4, 0.45, "mega-heads"), (0.49, 0.48, "mega-fused"), (0.49, 0.499, "mega"), (0.49, 0.49, "mega")],
+)
+def test_the_fastest_way_is_found_by_trying_all(
+    heads_s: float, fused_s: float, chosen: str, load: Load, timed: Timed, reference: Callable[..., list[list[int]]]
+) -> None:
+    """What adds in the order of arrival must be clearly faster; who loses gives its memory back."""
+    timed({"mega": 0.5, "mega-heads": heads_s, "mega-fused": fused_s})
     llm, device = load("auto")
-    assert llm.notes == [f"decoding 1 row {chosen}"]  # at load
-    assert device.templates >= {"mega", "sample_ahead"}
+    note = f"decoding 1 row by {chosen}: " + TIMES.format(f"{1e3 * heads_s:.3f}", f"{1e3 * fused_s:.3f}")
+    assert llm.notes == [note]  # at load
+    program = llm._executable._programs[0]
+    assert program.ways.mega is not None and program.ways.mega.variant == VARIANTS[chosen]
+    held = sum(device._sizes.values())
+    program.ways.mega.close()
+    assert held - sum(device._sizes.values()) >= program.ways.mega.nbytes > held / 5  # one copy, not three
+    assert held < 2.5 * program.ways.mega.nbytes + llm.info.kv_bytes + (8 << 20)
+
+
+def test_graph_stays_where_it_is_faster(load: Load, timed: Timed, reference: Callable[..., list[list[int]]]) -> None:
+    timed(dict.fromkeys(VARIANTS, 2.0))
+    llm, device = load("auto")
+    assert llm.notes[0].startswith("decoding 1 row by graph: graph 1000.000 ms a step, mega 2000.000 ms")
     device.templates.clear()
+    sampling = {"max_tokens": 5, "temperature": 0.0, "ignore_eos": True}
     assert texts(llm, PROMPTS[:1], **sampling) == reference("qwen3", PROMPTS[:1], **sampling)
-    assert ("mega" in device.templates) == (mega_s < 1 and same)
+    assert "mega" not in device.templates
+
+
+def test_a_variant_with_other_tokens_is_not_taken(load: Load, timed: Timed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one that there is no time for."""
+    timed({"mega": 0.4, "mega-heads": 0.3}, spoilt="mega")
+    clock = iter([0.0, 1.0, 50.0, 61.0, 70.0, 83.0])  # 49 seconds of the first 61 are the graph's
+    monkeypatch.setattr(ways, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    llm, _ = load("auto")
+    assert llm.notes == [
+        "decoding 1 row by mega-heads: graph 1000.000 ms a step, mega-heads 300.000 ms",
+        "not by mega: its tokens differ from the graph's (400.000 ms a step)",
+        "not by mega-fused: not tried, the others took 25 s of the load",
+    ]
+
+
+def test_further_rows_are_compared_once(load: Load, timed: Timed, reference: Callable[..., list[list[int]]]) -> None:
+    timed({"mega": 0.4})
+    llm, device = load("auto")
+    sampling = {"max_tokens": 5, "temperature": 0.0, "ignore_eos": True}
+    assert texts(llm, PROMPTS, **sampling) == reference("qwen3", PROMPTS, **sampling)
+    assert llm.notes[-1] == "decoding up to 2 rows by mega: graph 1000.000 ms a step, mega 400.000 ms"
+    assert len(llm.notes) == 2 and "mega" in device.templates
+
+
+def test_a_run_goes_on_where_blocks_no_longer_attend_alone(
+    load: Load, monkeypatch: pytest.MonkeyPatch, reference: Callable[..., list[list[int]]]
+) -> None:
+    """Over the bound the same streams run with attention split, in the middle of a text."""
+    monkeypatch.setattr(table, "whole_positions", lambda shape, rows: 16)
+    llm, device = load("mega-heads")
+    sampling = {"max_tokens": 30, "temperature": 0.0, "ignore_eos": True}
+    assert texts(llm, PROMPTS[:1], **sampling) == reference("qwen3", PROMPTS[:1], **sampling)
+    assert {(1, False, True), (1, False, False)} == set(llm._executable._states[0].sessions)
 
 
 def test_why_the_megakernel_does_not_run_is_said(load: Load) -> None:
@@ -247,7 +301,9 @@ def test_blocks_do_not_wait_where_others_may_take_their_place(
 
 def test_streams_make_room_for_the_cache(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that fits only without them is given their room, and that is said."""
-    monkeypatch.setattr(CudaProgram, "_try_out", lambda self, page_size: lambda rows, by_mega: Trial(1.0, ROW))
+    monkeypatch.setattr(
+        CudaProgram, "_try_out", lambda self, page_size: lambda rows, by_mega: Trial(1.0 - by_mega, ROW)
+    )
     llm, device = load("auto")
     streams = llm._executable._programs[0].ways.mega
     free, total = device.memory()
@@ -269,7 +325,8 @@ def test_a_trial_that_fails_leaves_the_graph(
     llm, _ = load("auto")
     sampling = {"max_tokens": 5, "temperature": 0.0, "ignore_eos": True}
     assert texts(llm, PROMPTS, **sampling) == reference("qwen3", PROMPTS, **sampling)
-    assert "a trial of the megakernel failed, NVIDIA's driver reports CUDA_ERROR_COOP" in llm.notes[0]
+    why = "a trial of it failed, NVIDIA's driver reports CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE"
+    assert llm.notes == [f"decoding by graph, not by megakernel: {why}"]
 
 
 def test_blocks_that_cannot_all_be_at_work_are_said(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,8 @@ class CudaState:
     nbytes: int
     caches: dict[str, int]
     recorded: dict[Shape, Recorded] = field(default_factory=dict)
-    sessions: dict[tuple[int, bool], megakernel.Session] = field(default_factory=dict)  # by bucket, whether drawn
+    # By bucket of rows, whether tokens are drawn, whether blocks attend by themselves.
+    sessions: dict[tuple[int, bool, bool], megakernel.Session] = field(default_factory=dict)
 
 
 class CudaProgram:
@@ -117,6 +118,7 @@ class CudaProgram:
 
     def new_state(self, pages: int, page_size: int) -> CudaState:
         """See `Program.new_state`."""
+        self.ways.choose(self._try_out(page_size))  # so that this is known, and said, at load
         sizes = {value.name: _slot_bytes(value) * pages * page_size for value in self.graph.of_kind("state")}
         free, total = self.device.memory()
         need, free = sum(sizes.values()), max(0, free - headroom(total))
@@ -136,7 +138,6 @@ class CudaProgram:
         for name, size in sizes.items():
             state.caches[name] = self.device.allocate(size)
             addresses.append(state.caches[name])
-        self.ways.mega_runs(1, self._try_out(page_size))  # so that this is known, and said, at load
         return state
 
     def run(self, feeds: Mapping[str, np.ndarray], state: CudaState) -> list[np.ndarray]:
@@ -227,14 +228,18 @@ class CudaProgram:
         mega = self.ways.mega
         assert mega is not None
         size, drawn = bucket(len(feeds["tokens"])), any(draw.temperature != 0 for draw in ahead.draws)
-        if (size, drawn) not in state.sessions:
+        steps, depth = len(ahead.uniforms), int(feeds["positions"].max()) + 1
+        alone = mega.whole_steps(size, depth)
+        whole = alone >= min(steps, megakernel.PIECE)
+        if (size, drawn, whole) not in state.sessions:
             try:
-                state.sessions[size, drawn] = mega.session(size, drawn, state.caches, state.page_size)
+                made = mega.session(size, drawn, state.caches, state.page_size, whole=whole)
+                state.sessions[size, drawn, whole] = made
             except Unsuited as reason:
                 if not self.ways.forced:
                     self.ways.give_up(str(reason))
                 return None
-        session = state.sessions[size, drawn]
+        session = state.sessions[size, drawn, whole]
         given = {name: np.array(array) for name, array in feeds.items()}  # for later, if need be
         run = megakernel.Run(
             ahead,
@@ -243,6 +248,7 @@ class CudaProgram:
             recorded.pages,
             recorded.page_stride,
             recorded.block + 4 * recorded.offsets["requests"][0],
+            min(steps, alone) if whole else steps,  # the rest is another run's
         )
 
         def go_on(done: int, last: list[int], left: list[int]) -> Generator[Ints, None, None] | None:

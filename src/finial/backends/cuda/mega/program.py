@@ -41,6 +41,26 @@ PIECE, UNDER_WAY = 8, 2
 LIMIT_NS = 1_000_000_000
 
 
+@dataclass(frozen=True)
+class Variant:
+    """Which phases of a layer are one; see `table.py`.
+
+    Attributes:
+        ordered: every sum has one order, so that the same run gives the same bits.
+    """
+
+    fused_mlp: bool = False
+    by_head: bool = False
+
+    @property
+    def ordered(self) -> bool:
+        """See the class."""
+        return not (self.fused_mlp or self.by_head)
+
+
+# By their names in FINIAL_CUDA, in the order in which they are tried.
+VARIANTS = {"mega": Variant(), "mega-heads": Variant(True, True), "mega-fused": Variant(fused_mlp=True)}
+
 # (steps done, each row's last token, tokens that each row may still get) -> who does the other steps, None: nobody
 GoOn = Callable[[int, list[int], list[int]], Iterator[Ints] | None]
 
@@ -52,6 +72,7 @@ class Run:
     Attributes:
         tokens, positions: int32 [rows], of the first step.
         pages: address of the page table, rows of `page_stride` entries; requests: of sample.cuh's structs.
+        steps: of `ahead` that are done at most.
     """
 
     ahead: Ahead
@@ -60,6 +81,7 @@ class Run:
     pages: int
     page_stride: int
     requests: int
+    steps: int
 
 
 class Session:
@@ -146,7 +168,6 @@ class Mega:
 
     Args:
         weights: of the graph, by name; needed only here.
-        fused_mlp: see `table.py`.
     Raises:
         Unsuited: this model or device cannot, with the reason.
     """
@@ -156,20 +177,26 @@ class Mega:
         model: Model,
         weights: Mapping[str, Tensor],
         device: Device,
+        variant: Variant = VARIANTS["mega"],
         *,
-        fused_mlp: bool = False,
         warps: int = 8,
     ) -> None:
         if device.capability < 80:
             raise Unsuited(f"compute capability {device.capability / 10} is below 8.0")
         if device.refuses_waiting:
             raise Unsuited(device.refuses_waiting)
-        self.device, self._warps, self._fused_mlp, self.limit_ns = device, warps, fused_mlp, LIMIT_NS
+        self.device, self._warps, self.variant, self.limit_ns = device, warps, variant, LIMIT_NS
         self.recognised = recognise(model.graph, model.items, model.formats)
-        self._plans: dict[tuple[int, bool], Plan] = {}
+        shape = self.recognised.shape
+        # Head groups are worth their while also where the second half of a layer has to stay two phases.
+        octets = shape.format != "q8_0" and shape.ffn % layout.ROWS == 0
+        self._fused_mlp = variant.fused_mlp and (octets or not variant.by_head)
+        self._plans: dict[tuple[int, bool, bool], Plan] = {}
         self._stored: list[int] = []
+        self.addresses: dict[str, int] = {}
         weakref.finalize(self, free_all, device, self._stored).atexit = False
         plan = self.plan(1, False)
+        self._offsets = plan.offsets()
         self._fits(plan, page_size=32)
         free, _ = device.memory()
         size = int(plan.offsets()[-1])
@@ -182,7 +209,7 @@ class Mega:
             "embed_scales": embed.scales,
             "frequencies": model.vector((self.recognised.frequencies,)),
             "streams": self._keep(size),
-            "offsets": self._put(plan.offsets()),
+            "offsets": self._put(self._offsets),
         }
         packer = Packer(plan, self.recognised, weights)
         for offset, data in packer.pieces():
@@ -203,9 +230,16 @@ class Mega:
         self.device.upload(address, array)
         return address
 
-    def plan(self, rows: int, sampled: bool) -> Plan:
+    def whole_steps(self, rows: int, depth: int) -> int:
+        """For how many steps of so many rows, the deepest of which sees `depth` positions in the first one, each block
+        attends by itself; 0: attention is split."""
+        if not self.variant.by_head:
+            return 0
+        return max(0, table.whole_positions(self.recognised.shape, bucket(rows)) - depth + 1)
+
+    def plan(self, rows: int, sampled: bool, whole: bool = False) -> Plan:
         """Of a bucket of rows, proven.  Raises Unsuited."""
-        if (rows, sampled) not in self._plans:
+        if (rows, sampled, whole) not in self._plans:
             made = make_plan(
                 self.recognised.shape,
                 rows=rows,
@@ -214,14 +248,17 @@ class Mega:
                 sampled=sampled,
                 warps=self._warps,
                 fused_mlp=self._fused_mlp,
+                by_head=self.variant.by_head,
+                whole=whole,
             )
+            assert not self.addresses or np.array_equal(made.offsets(), self._offsets), "other streams"
             findings = check(made)  # what runs is what was checked
             if findings:
                 raise Unsuited(
                     f"its table for this shape and GPU is wrong, which is a mistake of ours: {findings[0].text}"
                 )
-            self._plans[rows, sampled] = made
-        return self._plans[rows, sampled]
+            self._plans[rows, sampled, whole] = made
+        return self._plans[rows, sampled, whole]
 
     def _fits(self, plan: Plan, page_size: int) -> Kernel:
         """The kernel of a plan, all of whose blocks can be at work at once.  Raises Unsuited."""
@@ -231,9 +268,11 @@ class Mega:
             raise Unsuited(f"{resident} of its {plan.blocks} blocks can be at work at once")
         return kernel
 
-    def session(self, rows: int, sampled: bool, caches: Mapping[str, int], page_size: int) -> Session:
+    def session(
+        self, rows: int, sampled: bool, caches: Mapping[str, int], page_size: int, *, whole: bool = False
+    ) -> Session:
         """For runs of up to so many rows.  Raises Unsuited."""
-        plan = self.plan(bucket(rows), sampled)
+        plan = self.plan(bucket(rows), sampled, whole)
         return Session(self, plan, self._fits(plan, page_size), caches)
 
 
@@ -248,7 +287,7 @@ def start(mega: Mega, session: Session, run: Run, ring: Ring, go_on: GoOn) -> Ge
     Args:
         go_on: called when a launch gave up.
     """
-    steps = len(run.ahead.uniforms)
+    steps = run.steps
     epoch, begun = ring.epochs(steps), 0
     session.begin(run)
     for _ in range(UNDER_WAY):
@@ -257,7 +296,7 @@ def start(mega: Mega, session: Session, run: Run, ring: Ring, go_on: GoOn) -> Ge
 
 
 def _piece(mega: Mega, session: Session, run: Run, ring: Ring, epoch: int, begun: int) -> int:
-    steps = min(PIECE, len(run.ahead.uniforms) - begun)
+    steps = min(PIECE, run.steps - begun)
     if steps > 0:
         session.launch(mega, run, ring, epoch, begun, steps)
     return begun + steps
@@ -274,7 +313,7 @@ def _tokens(
 ) -> Generator[Ints, None, None]:
     left, rows = run.ahead.limits.tolist(), len(run.tokens)
     last = run.tokens.tolist()
-    for step in range(len(run.ahead.uniforms)):
+    for step in range(run.steps):
         try:
             tokens = ring.wait(epoch + step, rows)
         except BackendError:

@@ -500,6 +500,13 @@ def _teams(units: NDArray[np.int64], blocks: int) -> list[tuple[int, int]]:
     return list(zip((ends - sizes).tolist(), ends.tolist(), strict=True))
 
 
+def _positions_at_once(shape: MegaShape, heads: int) -> int:
+    """Of a team of lanes in attention: as many as registers hold, which int8 needs most of, 16 values of a lane."""
+    if shape.cache == "q8_0":
+        return 1 if heads > 1 else 2
+    return 4 if shape.head_dim <= 128 and shape.cache == "bf16" and heads <= 2 else 2
+
+
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 
@@ -533,7 +540,7 @@ def kernel(plan: Plan, page_size: int, *, bulk: bool = True, least: int = 128) -
         LEAST=least,
         BULK=bulk,
         GB=plan.heads,
-        U=4 if shape.head_dim <= 128 and shape.cache == "bf16" and plan.heads <= 2 else 2,  # what registers hold
+        U=_positions_at_once(shape, plan.heads),
         PAGE=page_size,
         WINDOW=shape.window or 0,
         EPS=float(shape.eps),
