@@ -121,8 +121,13 @@ SHAPES = {
     "fused": make_plan(SMALL, rows=2, multiprocessors=7, shared=SHARED[86], warps=2, fused_mlp=True),
     "by head": make_plan(
         replace(SMALL, kv_heads=3, heads=15, width=72),  # groups of three and two heads
-        rows=2, multiprocessors=8, shared=SHARED[86], warps=2,
-        fused_mlp=True, by_head=True, whole=True,
+        rows=2,
+        multiprocessors=8,
+        shared=SHARED[86],
+        warps=2,
+        fused_mlp=True,
+        by_head=True,
+        whole=True,
     ),
     "split by head": make_plan(
         replace(SMALL, format="q8_0", width=72), rows=2, multiprocessors=3, shared=SHARED[86], warps=2, by_head=True

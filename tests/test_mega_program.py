@@ -205,7 +205,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Timed:
 
 @pytest.mark.parametrize(
     "heads_s, fused_s, chosen",
-    [(0.4, 0.45, "mega-heads"), (0.49, 0.48, "mega-fused"), (0.49, 0.499, "mega"), (0.49, 0.49, "mega")],
+    [(0.4, 0.45, "mega-heads"), (0.49, 0.48, "mega-fused"), (0.49, 0.499, "mega")],
 )
 def test_the_fastest_way_is_found_by_trying_all(
     heads_s: float, fused_s: float, chosen: str, load: Load, timed: Timed, reference: Callable[..., list[list[int]]]
@@ -260,7 +260,7 @@ def test_a_run_goes_on_where_blocks_no_longer_attend_alone(
 ) -> None:
     """Over the bound the same streams run with attention split, in the middle of a text."""
     monkeypatch.setattr(table, "whole_positions", lambda shape, rows: 16)
-    llm, device = load("mega-heads")
+    llm, _ = load("mega-heads")
     sampling = {"max_tokens": 30, "temperature": 0.0, "ignore_eos": True}
     assert texts(llm, PROMPTS[:1], **sampling) == reference("qwen3", PROMPTS[:1], **sampling)
     assert {(1, False, True), (1, False, False)} == set(llm._executable._states[0].sessions)
@@ -339,6 +339,12 @@ def test_the_comparison_of_make_gpu_runs(load: Load) -> None:
     llm, _ = load("mega")
     row = mega.compare(llm._executable._programs[0], cases=((1, 40),), steps=10, pairs=2)["batch 1, depth 40"]
     assert row["same_first_tokens"] == row["of"] == 10 and row["mega_ms"] > 0 and row["graph_over_mega"] > 0
+
+
+def test_the_bound_of_attending_alone_can_be_measured(load: Load) -> None:
+    llm, _ = load("mega-heads")
+    found = mega.alone_or_split(llm._executable._programs[0], cases=((1, 40),), steps=4, pairs=1)
+    assert set(found["batch 1, depth 40"]) == {"alone_ms", "split_ms"}
 
 
 def test_the_driver_is_asked_for_all_blocks_at_once() -> None:

@@ -40,7 +40,7 @@ def parts(model: Path, second: Path) -> list[tuple[str, list[str], int]]:
         ("smoke", [*GRAPH, *MEASURE, "smoke"], 60),
         ("synth", [*synth, "qwen3-0.6b", str(model)], 90),
         ("decode", [*GRAPH, *MEASURE, "decode", str(model)], 120),
-        ("megakernel", [sys.executable, "-m", "benchmarks.gpu.mega", str(model)], 120),
+        ("megakernel", [sys.executable, "-m", "benchmarks.gpu.mega", str(model)], 150),
         ("engine", [*MEASURE, "engine", str(model)], 60),
         ("batch", [*GRAPH, *MEASURE, "batch", str(model)], 60),
         ("prefill", [*GRAPH, *MEASURE, "prefill", str(model)], 60),

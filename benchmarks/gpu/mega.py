@@ -20,7 +20,13 @@ from benchmarks.gpu.measure import SIZE, TINY, _device, _program
 Row = dict[str, Any]
 # (rows, position of the first step)
 CASES = ((1, 128), (1, 1024), (1, 4096), (1, 32768), (2, 512), (4, 512), (8, 512))
+# Where mega-heads may attend without splitting: what says how many bytes that should be (table.py, WHOLE_BYTES).
+ALONE = ((1, 64), (1, 128), (1, 256), (1, 512), (1, 1024), (4, 64), (8, 32))
 STEPS, PAIRS, PAGE = 64, 7, 32
+TEXTS = {
+    "mega": (("bf16", "bf16"), ("bf16", "f32"), ("q8_0", "bf16"), ("q8_0", "q8_0")),
+    "mega-heads": (("bf16", "bf16"), ("q8_0", "q8_0")),
+}
 TEXT = 160
 
 
@@ -67,13 +73,47 @@ def compare(program: Any, cases: tuple[tuple[int, int], ...] = CASES, steps: int
     return result
 
 
-def text() -> Row:
-    """The embedded model's greedy text by the megakernel, in every format that it streams, against the reference's."""
+def alone_or_split(
+    program: Any, cases: tuple[tuple[int, int], ...] = ALONE, steps: int = 16, pairs: int = PAIRS
+) -> Row:
+    """Milliseconds of a step where each block attends by itself and where attention is split, in pairs.
+
+    Args:
+        program: a `CudaProgram` that decodes by mega-heads.
+    """
+    from finial.backends.cuda import run_feeds
+    from finial.backends.cuda.mega import table
+
+    vocab = int(program.graph.values[program.graph.outputs[0]].shape[1])
+    result: Row = {}
+    bound = table.whole_positions
+    for rows, depth in cases:
+        feeds, ahead = run_feeds.trial(rows, PAGE, vocab, depth=depth, steps=steps)
+        state = program.new_state(feeds["pages"].size, PAGE)
+        samples: dict[bool, list[float]] = {False: [], True: []}
+        try:
+            for number in range(pairs + 1):  # the first pair compiles
+                for alone in (False, True) if number % 2 else (True, False):
+                    table.whole_positions = lambda shape, rows, alone=alone: 1 << 30 if alone else 0
+                    started = time.perf_counter()
+                    done = sum(1 for _ in program._start(feeds, state, ahead, True))
+                    samples[alone].append((time.perf_counter() - started) / done)
+        finally:
+            table.whole_positions = bound
+        result[f"batch {rows}, depth {depth}"] = {
+            f"{name}_ms": round(1e3 * statistics.median(samples[alone][1:]), 5)
+            for name, alone in (("alone", True), ("split", False))
+        }
+        del state
+    return result
+
+
+def text(formats: tuple[tuple[str, str], ...]) -> Row:
+    """The embedded model's greedy text by the megakernel, with these weights and caches, against the reference's."""
     from finial.llm import LLM
 
     prompt, count = "ROMEO:\nWhat light through yonder window breaks?", 3 if SIZE is TINY else TEXT
     result: Row = {}
-    formats = (("bf16", "bf16"), ("bf16", "f32"), ("q8_0", "bf16"), ("q8_0", "q8_0"))
     for format, kv in formats[: 1 if SIZE is TINY else None]:
         with (
             LLM("demo", backend="cuda", format=format, kv_format=kv, max_context=512) as llm,
@@ -93,7 +133,7 @@ def measure(path: Path) -> Row:
         import benchmarks.gpu.twin  # noqa: F401  # it puts itself in the place of the driver
 
     result: Row = {}
-    for asked in ("mega", "mega-fused"):
+    for asked in ("mega", "mega-heads", "mega-fused"):
         os.environ["FINIAL_CUDA"] = asked
         try:
             program, _ = _program(path, _device())
@@ -103,11 +143,15 @@ def measure(path: Path) -> Row:
             result[asked] = {"refused": error.what}
             continue
         result[asked] = compare(program, ((1, 20),), 3, 1) if SIZE is TINY else compare(program)
+        if asked == "mega-heads":
+            found = alone_or_split(program, ((1, 20),), 3, 1) if SIZE is TINY else alone_or_split(program)
+            result["attention of mega-heads"] = found
         program.ways.mega.close()
         program.model.close()
         print(json.dumps(result), flush=True)
-    os.environ["FINIAL_CUDA"] = "mega"
-    result["text"] = text()
+    for asked, formats in TEXTS.items():
+        os.environ["FINIAL_CUDA"] = asked
+        result[f"text, {asked}"] = text(formats)
     return result
 
 

@@ -129,6 +129,23 @@ FINIAL_DEVICE void plain_read(const ProbeArgs& a) {
   a.out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
 }
 
+// Attention without a split: the same bytes, past L1, by every block of a team.
+template <class C>
+FINIAL_DEVICE void team_read(const ProbeArgs& a) {
+  constexpr int DEEP = 4;
+  const u8* from = a.data + (u64)(blockIdx.x / C::TEAM) * (C::KB << 10);
+  float sum = 0.0f;
+  for (int round = 0; round < a.rounds; round++)
+    for (int i = threadIdx.x * 16; i < C::KB << 10; i += DEEP * blockDim.x * 16) {
+      Vec4 v[DEEP];
+#pragma unroll
+      for (int d = 0; d < DEEP; d++) v[d] = ptx::load_cached(from + i + d * blockDim.x * 16);
+#pragma unroll
+      for (int d = 0; d < DEEP; d++) sum += sum_of(v[d]);
+    }
+  a.out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
+}
+
 // Hand-offs between all blocks, a.rounds of them, each of one number from every block to its neighbour: 0 one counter;
 // 1 one counter, polled by every warp's lane; 2 a counter for each group of 8 blocks and one above; 3 a flag for each
 // block, polled by the threads of all; 4 value and epoch in 64 bits.  out: how many numbers were wrong, by block.

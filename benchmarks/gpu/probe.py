@@ -82,6 +82,8 @@ def all_probes(ring_kb: int = 190) -> dict[str, Probe]:
         )
     for variant, name in enumerate(HAND_OFFS):
         found[f"hand-off: {name}"] = Probe(kernel("hand_off", 256, 0, True, VARIANT=variant), "us", rounds=2000)
+    for kb in (64, 128, 256):  # keys and values of a head that all blocks of its team read
+        found[f"{kb} KiB read by 16 blocks each"] = Probe(kernel("team_read", 256, KB=kb, TEAM=16), "us", rounds=200)
     for wide in (1, 2, 4):
         found[f"reductions of {wide}"] = Probe(kernel("reductions", 256, WIDE=wide), "floats/ns", rounds=2000)
     for size in (2, 4, 8):
@@ -144,6 +146,8 @@ def _right(name: str, probe: Probe, found: np.ndarray, rounds: int, size: int, b
         stride, deep = blocks * threads, 4 if "4 loads" in name else 8
         each = max(0, size // 16 // stride // deep * deep)
         return size // 16 % stride != 0 or size // 16 // stride % deep != 0 or bool((found == 4 * each).all())
+    if "KiB read" in name:
+        return bool((found == 4.0 * rounds * (int(name.split()[0]) << 10) // 16 // threads).all())
     if name.startswith("ring"):
         slot = int(name.split()[-1])
         used = found.reshape(blocks, threads)[:, : threads - 32]

@@ -240,8 +240,8 @@ def make_plan(
             terms -= 1
         else:
             raise Unsuited(
-                f"{rows} rows of {_most_k(shape, octets, by_head):,} values take {layout.total:,} of {max(room, 0):,} bytes of "
-                f"a block's shared memory, which leaves no room for weights"
+                f"{rows} rows of {_most_k(shape, octets, by_head):,} values take {layout.total:,} of {max(room, 0):,} "
+                f"bytes of a block's shared memory, which leaves no room for weights"
             )
     stages = min(stages, 32)
     layout = SharedLayout(**{**layout.__dict__, "ring": stages * stage_units * unit})
