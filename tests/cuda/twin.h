@@ -567,8 +567,8 @@ inline u32 add_acquire_release(u32* p, u32 v) {
 inline void add_float(float* p, float v) {
   u32* word = (u32*)p;
   u32 old = __atomic_load_n(word, __ATOMIC_RELAXED);
-  while (!__atomic_compare_exchange_n(word, &old, as_bits(as_float(old) + v), false, __ATOMIC_RELAXED,
-                                      __ATOMIC_RELAXED));
+  while (
+      !__atomic_compare_exchange_n(word, &old, as_bits(as_float(old) + v), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
 }
 inline void add_vector(float* p, Float4 v) {
   add_float(p, v.x), add_float(p + 1, v.y), add_float(p + 2, v.z), add_float(p + 3, v.w);

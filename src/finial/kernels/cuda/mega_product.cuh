@@ -20,7 +20,6 @@ struct Product : Parts<C> {
   static constexpr int B = P::B, D = P::D, ROWS = P::ROWS, GA = P::GA, STRIDE = P::STRIDE, THREADS = P::THREADS,
                        WARPS = C::WARPS, CHUNK = P::CHUNK;
   static constexpr int TURN = C::STAGE_UNITS / WARPS;                        // units of a warp in a stage
-  static constexpr int UNROLL = U::BLOCKS && ROWS > 8 ? 2 : 4;                // what registers hold
   static constexpr int PAIRS = GA * 4 * B, EACH = ceil_div(PAIRS, THREADS);  // results, two rows each; of a thread
 
   struct Source {  // what a kind of product reads
@@ -231,7 +230,7 @@ struct Product : Parts<C> {
           if (reader.left == 0) reader.next(a, m, number, warp * U::BYTES, TURN), stages++;
           const int mine = (end - unit + WARPS - 1) / WARPS, count = mine < reader.left ? mine : reader.left;
           const u8* from = reader.unit;
-#pragma unroll(UNROLL)
+#pragma unroll 4
           for (int i = 0; i < count; i++) multiply(sums, from + i * (WARPS * U::BYTES), m.x(), kb + i * WARPS, lane);
           reader.unit += count * (WARPS * U::BYTES), reader.left -= count;
           unit += count * WARPS, kb += count * WARPS;
