@@ -156,13 +156,16 @@ FINIAL_RARE void add_rare(const uint8_t* p, const Multiply& scale, const Int8Blo
 }
 
 // Block b of a panel, at p, with all rows: two at a time, so that more sums are under way than one row has. A function
-// of its own, so that the weights stay in registers.
+// of its own, so that the weights stay in registers. Meanwhile the next block is asked for, a few lines with each tile:
+// a block lasts so long that the processor's own prefetching has forgotten it.
 template <class Q, class Scale>
 FINIAL_APART void add_rows(const uint8_t* FINIAL_RESTRICT p, const Scale& scale, const Multiply& otherwise,
                            const Rows& rows, int64_t b, float* FINIAL_RESTRICT c) {
   I w[8][PANEL_VECTORS];
   Q::load(p + PANEL * 2, w);
+  const int64_t ahead = (Q::BLOCK + 64 * rows.tiles) / (64 * rows.tiles) * 64;
   for (int64_t i = 0; i < rows.tiles; ++i) {
+    prefetch(p + Q::BLOCK + i * ahead, ahead);
     const int64_t count = rows.count[i];
     const Int8Block *x = rows.x[i] + b * count, *end = x + count;
     for (; x + 2 <= end; x += 2, c += 2 * PANEL) {

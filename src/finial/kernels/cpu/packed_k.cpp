@@ -202,12 +202,17 @@ struct Rows {
   int64_t tiles, rows;
 };
 
+// Levels are taken out of a pair of groups a thousand cycles after each other, so the processor's own prefetching has
+// forgotten the panel: what lies a pair further on is asked for, a group's share of it with the tiles of its rows.
 template <class K, int ODD>
 FINIAL_APART void meet_group(const uint8_t* pair, const typename K::Factors& f, int group, const Rows& rows,
                              int64_t block, float* FINIAL_RESTRICT c) {
   Levels32<K> g;
   take<K, ODD>(pair, f, group, g);
+  const int64_t share = K::BYTES / GROUPS, ahead = (share + 64 * rows.tiles) / (64 * rows.tiles) * 64;
+  const uint8_t* next = pair + K::PAIR + ODD * share;
   for (int64_t i = 0; i < rows.tiles; ++i) {
+    prefetch(next + i * ahead, ahead);
     const Int8Block *x = rows.x[i] + block * rows.count[i], *end = x + rows.count[i];
     for (; x + 2 <= end; x += 2, c += 2 * PANEL) add_rows<K, 2>(g, x, c);
     if (x < end) add_rows<K, 1>(g, x, c), c += PANEL;
