@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import itertools
 import math
 import os
 import shutil
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hypothesis.strategies as st
 import numpy as np
@@ -252,14 +254,29 @@ def test_closing_or_dropping_a_stream_gives_its_pages_back(llm: LLM) -> None:
 
 
 def interrupt(llm: LLM, monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int) -> None:
-    plain, calls = llm._executable.run, iter(range(1000))
+    """An error instead of the step with this number, wherever its tokens are chosen."""
+    calls, ahead = itertools.count(), llm._executable.ahead
 
-    def run(step: Any) -> Any:
+    def due() -> None:
         if next(calls) == after:
             raise error
-        return plain(step)
 
-    monkeypatch.setattr(llm._executable, "run", run)
+    def interrupted(plain: Any) -> Any:
+        def one(*args: Any) -> Any:
+            due()
+            return plain(*args)
+
+        return one
+
+    def steps(*args: Any) -> Any:
+        with contextlib.closing(cast(Any, ahead(*args))) as run:
+            for tokens in run:
+                due()
+                yield tokens
+
+    monkeypatch.setattr(llm._executable, "run", interrupted(llm._executable.run))
+    monkeypatch.setattr(llm._executable, "sample", interrupted(llm._executable.sample))
+    monkeypatch.setattr(llm._executable, "ahead", steps)
 
 
 def test_ctrl_c_keeps_what_was_streamed(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from numpy import float32, int32, uint8
+from numpy import float32, float64, int32, uint8
 from numpy.typing import NDArray
 
 def isa() -> str: ...
@@ -93,3 +93,32 @@ class Program:
         outputs: Sequence[NDArray[float32]],
         state: State,
     ) -> None: ...
+    def sample(
+        self,
+        sizes: Sequence[int],
+        ints: Sequence[NDArray[int32]],
+        inputs: Sequence[NDArray[float32]],
+        state: State,
+        output: int,
+        choices: Sequence[Choice],
+        draws: Sequence[float],
+    ) -> list[int]: ...
+
+Choice = tuple[float, float, float, float]
+
+class Ahead:
+    def __init__(
+        self,
+        program: Program,
+        roles: Sequence[int],
+        per_row: Sequence[bool],
+        output: int,
+        rows: Sequence[tuple[Choice, Sequence[int], int, int, int]],
+        draws: NDArray[float64],
+        pages: NDArray[int32],
+    ) -> None: ...
+    def burst(self, state: State, seconds: float) -> list[int]: ...
+
+def choose(
+    logits: NDArray[float32], temperature: float, top_k: int, top_p: float, min_p: float, draw: float, isa: str = ""
+) -> int: ...

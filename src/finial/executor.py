@@ -92,7 +92,8 @@ class Executable:
         return [feeds[name] for name in self.graph.outputs]
 
     def sample(self, step: Step, draws: Sequence[Draw]) -> np.ndarray | None:
-        """A step whose tokens are chosen where the logits are: int32 [R], -1 where the highest logit is not finite.
+        """A step whose tokens are chosen where the logits are: int32 [R], -1 where the highest logit is not finite,
+        or the host had better choose.
 
         None, with nothing done, when no backend of this graph does that.
         """

@@ -55,7 +55,7 @@ class Draw:
 
 
 ENDED = -2  # instead of a token: the row ended in an earlier step of the run
-NOT_FINITE = -1  # instead of a token: the row's highest logit is not finite
+NOT_FINITE = -1  # instead of a token: the row's highest logit is not finite, or the host had better choose
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ models and files.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finial.backends import Timing
+from finial.backends import Ahead, Draw, Timing
+from finial.backends.cpu_ahead import Chooser
 from finial.backends.fuse import Product, Products, plan
 from finial.errors import BackendError
 from finial.formats import FORMATS, Reencoded, Tensor
@@ -67,6 +68,9 @@ class CpuProgram:
         self._matrices: dict[tuple[str, ...], int] = {}  # weight and bias -> the native matrix
         self._lower()
         self._weights, self._bytes = {}, {}  # the native program holds what it points at
+        self._chooser = None
+        if self._outputs and self._outputs[0].name == graph.outputs[0] and self._outputs[0].shape[0] == "R":
+            self._chooser = Chooser(self._native, graph.outputs[0], self._outputs, self._ints, self._dimensions)
 
     @property
     def isa(self) -> str:
@@ -93,10 +97,7 @@ class CpuProgram:
         Raises:
             BackendError: an input that points outside the vocabulary, the cache or the step; names it.
         """
-        sizes: dict[Dim, int] = {}
-        ints = [_checked(value, feeds, np.int32, sizes) for value in self._ints]
-        inputs = [_checked(value, feeds, np.float32, sizes) for value in self._inputs]
-        rows = [dim if isinstance(dim, int) else sizes[dim] for dim in self._dimensions]
+        rows, ints, inputs = self._given(feeds)
         made = {
             value.name: np.empty((rows[self._dimensions[value.shape[0]]], _width(value)), np.float32)
             for value in self._outputs
@@ -106,6 +107,37 @@ class CpuProgram:
         except ValueError as error:
             raise BackendError(str(error)) from error
         return [made[name] if name in made else np.array(feeds[name]) for name in self._graph.outputs]
+
+    def sample(
+        self, feeds: Mapping[str, np.ndarray], state: _native.State, draws: Sequence[Draw]
+    ) -> NDArray[np.int32] | None:
+        """One step, and the token chosen for each row of the graph's first output.
+
+        Returns:
+            int32 [R]; -1 where the highest logit is not finite or the choice is too close to call natively.  None:
+            this output is no logits of rows R, or another output is asked for too.
+        Raises:
+            BackendError: as `run`.
+        """
+        if self._chooser is None:
+            return None
+        rows, ints, inputs = self._given(feeds)
+        if any(rows[self._dimensions[value.shape[0]]] for value in self._outputs[1:]):
+            return None
+        return self._chooser.tokens(rows, ints, inputs, state, draws)
+
+    def ahead(
+        self, feeds: Mapping[str, np.ndarray], state: _native.State, ahead: Ahead
+    ) -> Generator[NDArray[np.int32], None, None] | None:
+        """A run of decode steps; see `finial.backends.RunsAhead.ahead`."""
+        return None if self._chooser is None else self._chooser.steps(feeds, state, ahead)
+
+    def _given(self, feeds: Mapping[str, np.ndarray]) -> tuple[list[int], list[NDArray[Any]], list[NDArray[Any]]]:
+        """Rows of each dimension, integer inputs and the others, as the native program takes them."""
+        sizes: dict[Dim, int] = {}
+        ints = [_checked(value, feeds, np.int32, sizes) for value in self._ints]
+        inputs = [_checked(value, feeds, np.float32, sizes) for value in self._inputs]
+        return [dim if isinstance(dim, int) else sizes[dim] for dim in self._dimensions], ints, inputs
 
     def profile(self, on: bool) -> None:
         """From now on note what each instruction of a step takes, from zero; or stop noting."""

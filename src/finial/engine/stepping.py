@@ -139,7 +139,7 @@ class Stepper:
         if tokens is None:
             self._leave(run)
             return False
-        if any(tokens[row] == NOT_FINITE for row, _ in live):  # the host says in which logits
+        if any(tokens[row] == NOT_FINITE for row, _ in live):  # the host chooses, or says in which logits
             self._leave(run)
             self._single = True
             return False
@@ -177,7 +177,8 @@ class Stepper:
         """The next tokens of a step, chosen where the executable has the logits.
 
         None, with nothing done that running the step does not do again, when the host must see logits: some are asked
-        for, a choice depends on more than its own row, a row is not finite, or the executable chooses nothing.
+        for, a choice depends on more than its own row, a row is not finite or too close
+        to call there, or the executable chooses nothing.
         """
         sample: Callable[[Step, Sequence[Draw]], NDArray[np.int32] | None] | None
         sample = getattr(self._executable, "sample", None)

@@ -12,7 +12,7 @@
 
 namespace finial::FINIAL_ISA {
 
-// From matmul.cpp, packed.cpp, attention.cpp and attention_bf16.cpp.
+// From matmul.cpp, packed.cpp, attention.cpp, attention_bf16.cpp and sampling.cpp.
 int64_t linear_scratch(const Linear&, int64_t rows);
 void linear(const Linear&, const float* x, float* y, int64_t rows, int64_t begin, int64_t end, float* scratch);
 Rounding rounding(Format);
@@ -28,6 +28,9 @@ Rounding attention_rounding(CacheType);
 void store_blocked(const Cache&, const float* keys, const float* values, const int32_t* slots, int64_t, int64_t);
 void attention(const Attention&, const AttentionPiece&, float* partial, float* scratch);
 void attention_merge(const Attention&, const AttentionPiece&, const float* partial, float* scratch);
+int64_t highest(const float* x, int64_t n);
+float largest_of(const float* x, int64_t n);
+void weigh(const float* x, int64_t n, float best, double temperature, double* out);
 
 namespace {
 
@@ -180,6 +183,9 @@ const Kernels kernels = {FINIAL_TEXT(FINIAL_ISA),
                          add_rows,
                          silu_mul,
                          exp_rows,
+                         highest,
+                         largest_of,
+                         weigh,
                          read};
 
 }  // namespace finial::FINIAL_ISA

@@ -158,6 +158,10 @@ struct Kernels {
   void (*add)(const float* a, const float* b, float* y, int64_t n);
   void (*silu_mul)(const float* gate, const float* up, float* y, int64_t n);
   void (*exp)(const float* x, float* y, int64_t n);
+  int64_t (*highest)(const float* x, int64_t n);  // the index, n >= 1: the lowest among ties, or of the first NaN
+  float (*largest)(const float* x, int64_t n);    // of n >= 1 that are no NaN
+  // exp((x - best) / temperature) for x <= best and temperature > 0, within 1e-12 of itself; below exp(-700) that.
+  void (*weigh)(const float* x, int64_t n, float best, double temperature, double* out);
   float (*read)(const float* x, int64_t n);  // touches n floats with wide loads; for the bandwidth probe
 };
 

@@ -9,6 +9,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "ahead.h"
 #include "bandwidth.h"
 #include "isa.h"
 #include "kernels.h"
@@ -24,6 +25,7 @@ namespace {
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
+using Doubles = nb::ndarray<const double, nb::c_contig, nb::device::cpu>;
 using Rows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Out = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
@@ -59,21 +61,65 @@ std::shared_ptr<Program> make_program(std::shared_ptr<Pool> pool, const std::str
   return std::make_shared<Program>(std::move(pool), find_kernels(isa.c_str()));
 }
 
-void run(Program& program, const std::vector<int64_t>& sizes, const std::vector<Ints>& ints,
-         const std::vector<Rows>& inputs, const std::vector<Out>& outputs, const State& state) {
+std::vector<IntArray> integers_of(const std::vector<Ints>& ints) {
   std::vector<IntArray> integers;
   for (const Ints& a : ints) {
     IntArray array{a.data(), {}};
     for (size_t axis = 0; axis < a.ndim(); ++axis) array.shape.push_back(static_cast<int64_t>(a.shape(axis)));
     integers.push_back(std::move(array));
   }
-  std::vector<FloatArray> read, written;
+  return integers;
+}
+
+std::vector<FloatArray> inputs_of(const std::vector<Rows>& inputs) {
+  std::vector<FloatArray> read;
   for (const Rows& a : inputs)  // the builder refuses an input of the program as an instruction's output
     read.push_back({const_cast<float*>(a.data()), static_cast<int64_t>(a.shape(0)), static_cast<int64_t>(a.shape(1))});
+  return read;
+}
+
+void run(Program& program, const std::vector<int64_t>& sizes, const std::vector<Ints>& ints,
+         const std::vector<Rows>& inputs, const std::vector<Out>& outputs, const State& state) {
+  const std::vector<IntArray> integers = integers_of(ints);
+  const std::vector<FloatArray> read = inputs_of(inputs);
+  std::vector<FloatArray> written;
   for (const Out& a : outputs)
     written.push_back({a.data(), static_cast<int64_t>(a.shape(0)), static_cast<int64_t>(a.shape(1))});
   nb::gil_scoped_release release;
   program.run(sizes, integers, read, written, state);
+}
+
+Choice choice_of(const std::array<double, 4>& draw) {
+  return {draw[0], static_cast<int64_t>(draw[1]), draw[2], draw[3]};
+}
+
+std::vector<int32_t> sample(Program& program, const std::vector<int64_t>& sizes, const std::vector<Ints>& ints,
+                            const std::vector<Rows>& inputs, const State& state, int output,
+                            const std::vector<std::array<double, 4>>& choices, const std::vector<double>& draws) {
+  if (choices.size() != draws.size()) throw std::invalid_argument("sample: a random number for each choice");
+  const std::vector<IntArray> integers = integers_of(ints);
+  const std::vector<FloatArray> read = inputs_of(inputs);
+  std::vector<Choice> list;
+  for (const auto& choice : choices) list.push_back(choice_of(choice));
+  std::vector<int32_t> tokens(list.size());
+  nb::gil_scoped_release release;
+  const Sampling sampling{output, list.data(), draws.data(), tokens.data(), static_cast<int64_t>(tokens.size())};
+  program.run(sizes, integers, read, program.no_outputs(), state, &sampling);
+  return tokens;
+}
+
+using RowOfRun = std::tuple<std::array<double, 4>, std::vector<int32_t>, int32_t, int32_t, int32_t>;
+
+std::shared_ptr<Ahead> make_ahead(std::shared_ptr<Program> program, const std::array<int, 7>& roles,
+                                  const std::vector<bool>& per_row, int output, const std::vector<RowOfRun>& rows,
+                                  const Doubles& draws, const Ints& pages) {
+  std::vector<Ahead::Row> list;
+  for (const auto& [choice, stops, token, position, left] : rows)
+    list.push_back({choice_of(choice), stops, token, position, left});
+  const Ahead::Roles r{roles[0], roles[1], roles[2], roles[3], roles[4], roles[5], roles[6]};
+  return std::make_shared<Ahead>(std::move(program), r, per_row, output, std::move(list),
+                                 std::vector<double>(draws.data(), draws.data() + draws.size()),
+                                 std::vector<int32_t>(pages.data(), pages.data() + pages.size()));
 }
 
 int weight(Program& program, const Bytes& data, const std::string& format, int64_t n_out, int64_t n_in,
@@ -174,7 +220,19 @@ void bind_program(nb::module_& m) {
           "it.")
       .def("new_state", &Program::new_state, "pages"_a, "page_size"_a)
       .def("run", &run, "sizes"_a, "ints"_a.noconvert(), "inputs"_a.noconvert(), "outputs"_a.noconvert(), "state"_a,
-           "One step, without the interpreter's lock. ValueError names an input that points outside its arrays.");
+           "One step, without the interpreter's lock. ValueError names an input that points outside its arrays.")
+      .def("sample", &sample, "sizes"_a, "ints"_a.noconvert(), "inputs"_a.noconvert(), "state"_a, "output"_a,
+           "choices"_a, "draws"_a,
+           "As run; the token of each row of one output, the others having no rows: -1 where the caller must choose. "
+           "Choices are (temperature, top_k, top_p, min_p).");
+
+  nb::class_<Ahead>(m, "Ahead", "A run of decode steps; see kernels/cpu/ahead.h.")
+      .def(nb::new_(&make_ahead), "program"_a, "roles"_a, "per_row"_a, "output"_a, "rows"_a, "draws"_a.noconvert(),
+           "pages"_a.noconvert(),
+           "roles: the integer inputs tokens, positions, starts, lengths, pages, slots, wanted. rows: (choice, stop "
+           "ids, token, position, tokens that it may get).")
+      .def("burst", &Ahead::burst, "state"_a, "seconds"_a, nb::call_guard<nb::gil_scoped_release>(),
+           "The tokens of the next steps, those of all rows one step after the other; empty when the run is over.");
 }
 
 }  // namespace
@@ -250,5 +308,18 @@ NB_MODULE(_native, m) {
         find_kernels(isa.c_str())->exp(x.data(), y.data(), static_cast<int64_t>(x.size()));
       },
       "x"_a, "y"_a.noconvert(), "isa"_a = "", "The vector exponential inside attention and silu_mul, for its test.");
+  m.def(
+      "choose",
+      [](const Vector& logits, double temperature, int64_t top_k, double top_p, double min_p, double draw,
+         const std::string& isa) {
+        const Kernels* kernels = find_kernels(isa.c_str());
+        const int64_t n = static_cast<int64_t>(logits.size());
+        if (n == 0) throw std::invalid_argument("choose: no logits");
+        ChoiceRoom room;
+        return choose(*kernels, logits.data(), n, kernels->highest(logits.data(), n),
+                      {temperature, top_k, top_p, min_p}, draw, room);
+      },
+      "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "draw"_a, "isa"_a = "",
+      "The token of one row of logits as a step chooses it, for its test; -1 where the caller must choose.");
   bind_program(m);
 }

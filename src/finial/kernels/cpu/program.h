@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "attention_plan.h"
+#include "choose.h"
 #include "kernels.h"
 #include "memory.h"
 #include "threads.h"
@@ -92,6 +93,15 @@ struct Split {
   }
 };
 
+// How a step's tokens are chosen: of each row of one output, which stays in the program.
+struct Sampling {
+  int output;
+  const Choice* choices;  // [rows]
+  const double* draws;    // [rows]
+  int32_t* tokens;        // [rows], written; FOR_HOST as `choose` gives it
+  int64_t rows;
+};
+
 // What an instruction took since profiling began, on thread 0.
 struct Timing {
   std::string what;   // operation and widths
@@ -156,6 +166,8 @@ class Program {
   State new_state(int64_t pages, int64_t page_size) const { return State(caches_, pages, page_size); }
   const std::vector<Instruction>& instructions() const { return code_; }
   const Kernels& kernels() const { return *kernels_; }
+  size_t int_inputs() const { return int_names_.size(); }
+  std::vector<FloatArray> no_outputs() const;  // what `run` takes for outputs of no rows
 
   // From now on each step notes what its instructions take, from zero; false ends that. A step costs some microseconds
   // more while it does.
@@ -164,7 +176,12 @@ class Program {
 
   // One step. sizes: rows per dimension; ints, inputs and outputs in the order in which they were declared.
   void run(const std::vector<int64_t>& sizes, const std::vector<IntArray>& ints, const std::vector<FloatArray>& inputs,
-           const std::vector<FloatArray>& outputs, const State& state);
+           const std::vector<FloatArray>& outputs, const State& state) {
+    run(sizes, ints, inputs, outputs, state, nullptr);
+  }
+  // The same, and the tokens chosen from an output; what `outputs` has for that one is not looked at.
+  void run(const std::vector<int64_t>& sizes, const std::vector<IntArray>& ints, const std::vector<FloatArray>& inputs,
+           const std::vector<FloatArray>& outputs, const State& state, const Sampling* sampling);
 
  private:
   struct Buffer {
@@ -219,6 +236,10 @@ class Program {
   void reserve(Step& step);
   void wait(size_t at, const Step& step, int thread, Run& next);
   void execute(const Instruction& i, const Step& step, int thread);
+  const Buffer& output_buffer(int output) const;
+  float* own_output(const Step& step, const Buffer& b);
+  void look(const Step& step, const Buffer& b, int thread);
+  void choose_tokens(const Step& step, const Buffer& b, const Sampling& sampling);
   Run share_of(const Linears& p, int thread) const;
   void announce(const Instruction& i, int thread);
   void announce(const Instruction& i, int thread, const Range& units);
@@ -258,6 +279,9 @@ class Program {
   std::unique_ptr<Left[]> left_;  // [threads]
   std::vector<size_t> ahead_;     // [instructions]: the next products from there on
   uint64_t steps_ = 0;
+  Memory logits_;                 // of steps that choose tokens
+  std::vector<int64_t> highest_;  // [threads][rows]: of each thread's part of a row
+  ChoiceRoom room_;
   std::vector<Timing> timings_;  // [instructions] while profiling, else empty
 };
 

@@ -189,7 +189,8 @@ void Program::reserve(Step& step) {
 }
 
 void Program::run(const std::vector<int64_t>& sizes, const std::vector<IntArray>& ints,
-                  const std::vector<FloatArray>& inputs, const std::vector<FloatArray>& outputs, const State& state) {
+                  const std::vector<FloatArray>& inputs, const std::vector<FloatArray>& outputs, const State& state,
+                  const Sampling* sampling) {
   if (static_cast<int>(sizes.size()) != dimensions_ || ints.size() != int_names_.size() ||
       static_cast<int>(inputs.size()) != inputs_ || static_cast<int>(outputs.size()) != outputs_)
     reject("run: the number of sizes, integer inputs, inputs or outputs is not the program's");
@@ -198,9 +199,17 @@ void Program::run(const std::vector<int64_t>& sizes, const std::vector<IntArray>
     if (size < 0) reject("run: a negative number of rows");
   std::lock_guard<std::mutex> lock(running_);
   Step step{sizes, ints, state, std::vector<float*>(buffers_.size()), {}, {}, nullptr, 0, {}};
+  const Buffer* chosen = sampling == nullptr ? nullptr : &output_buffer(sampling->output);
+  if (chosen != nullptr && step.rows(*chosen) != sampling->rows)
+    reject("run: tokens of " + std::to_string(sampling->rows) + " rows are asked for, the output has " +
+           std::to_string(step.rows(*chosen)));
   for (size_t i = 0; i < buffers_.size(); ++i) {
     const Buffer& b = buffers_[i];
     if (b.external < 0) continue;
+    if (&b == chosen) {
+      step.buffers[i] = own_output(step, b);
+      continue;
+    }
     const FloatArray& a = (b.is_output ? outputs : inputs)[static_cast<size_t>(b.external)];
     if (a.rows != step.rows(b) || a.width != b.width)
       reject(std::string(b.is_output ? "run: output " : "run: input ") + std::to_string(b.external) + " is [" +
@@ -224,13 +233,67 @@ void Program::run(const std::vector<int64_t>& sizes, const std::vector<IntArray>
         t.waiting += std::chrono::duration<double>(begin - start).count();
         t.seconds += std::chrono::duration<double>(Clock::now() - begin).count();
       }
-      return;
+    } else {
+      for (size_t at = 0; at < code_.size(); ++at) {
+        wait(at, step, thread, next);
+        execute(code_[at], step, thread);
+      }
     }
-    for (size_t at = 0; at < code_.size(); ++at) {
-      wait(at, step, thread, next);
-      execute(code_[at], step, thread);
+    if (chosen != nullptr) {
+      pool_->barrier();
+      look(step, *chosen, thread);
     }
   });
+  if (chosen != nullptr) choose_tokens(step, *chosen, *sampling);
+}
+
+// Room for an output that stays here.
+float* Program::own_output(const Step& step, const Buffer& b) {
+  const size_t bytes = static_cast<size_t>(step.rows(b) * b.width) * sizeof(float);
+  if (logits_.size() < bytes) {
+    logits_ = Memory();
+    logits_ = Memory(bytes, Pages::Huge);
+  }
+  highest_.resize(static_cast<size_t>(step.rows(b) * pool_->threads()));
+  return logits_.floats();
+}
+
+const Program::Buffer& Program::output_buffer(int output) const {
+  for (const Buffer& b : buffers_)
+    if (b.is_output && b.external == output) return b;
+  reject("run: there is no output " + std::to_string(output));
+}
+
+std::vector<FloatArray> Program::no_outputs() const {
+  std::vector<FloatArray> list;
+  for (int i = 0; i < outputs_; ++i) list.push_back({nullptr, 0, output_buffer(i).width});
+  return list;
+}
+
+// Each thread looks for the highest logit in the part of the rows that it is likely to have in its cache.
+void Program::look(const Step& step, const Buffer& b, int thread) {
+  const int threads = pool_->threads();
+  const Range part = share(b.width, thread, threads, PANEL);
+  for (int64_t row = 0; row < step.rows(b); ++row) {
+    int64_t& found = highest_[static_cast<size_t>(row * threads + thread)];
+    found = part.begin < part.end
+                ? part.begin + kernels_->highest(logits_.floats() + row * b.width + part.begin, part.end - part.begin)
+                : -1;
+  }
+}
+
+void Program::choose_tokens(const Step& step, const Buffer& b, const Sampling& sampling) {
+  const int threads = pool_->threads();
+  for (int64_t row = 0; row < step.rows(b); ++row) {
+    const float* logits = logits_.floats() + row * b.width;
+    int64_t best = -1;
+    for (int t = 0; t < threads; ++t) {
+      const int64_t at = highest_[static_cast<size_t>(row * threads + t)];
+      if (at >= 0 && (best < 0 || logits[at] > logits[best] || logits[at] != logits[at])) best = at;
+      if (best >= 0 && logits[best] != logits[best]) break;
+    }
+    sampling.tokens[row] = choose(*kernels_, logits, b.width, best, sampling.choices[row], sampling.draws[row], room_);
+  }
 }
 
 void Program::profile(bool on) {
