@@ -433,6 +433,33 @@ def test_packed_weights_give_their_file_pages_back(tmp_path: Path) -> None:
     assert np.array_equal(bits(results[0]), bits(results[1])) and np.array_equal(bits(results[0]), bits(results[2]))
 
 
+def test_mapped_weights_are_packed_beside_other_work(tmp_path: Path) -> None:
+    """A program may be dropped while its weights are packed; a step waits for them, also for those declared late."""
+    tensor = random_tensor("bf16", 8192, 1024)
+    (tmp_path / "weights").write_bytes(tensor.data.tobytes())
+    mapped = np.memmap(tmp_path / "weights", np.uint8, "r")
+    x, graph, backend = normal(3, 1024), linear_graph(8192, 1024), CpuBackend(2)
+    weights = {"w": Tensor("bf16", tensor.shape, mapped)}
+    expected = backend.compile(graph, {"w": tensor}).run({"x": x}, _native.Program(_native.Pool(1)).new_state(0, 1))[0]
+    for _ in range(4):
+        del_me, kept = backend.compile(graph, weights), backend.compile(graph, weights)
+        del del_me
+        assert np.array_equal(bits(kept.run({"x": x}, kept.new_state(0, 1))[0]), bits(expected))
+    late = _native.Program(_native.Pool(2))
+    rows = late.dimension()
+    members = []
+    for index in range(2):  # one before and one after `pack`; a map that is known is not packed again
+        own = np.memmap(tmp_path / "weights", np.uint8, "r")
+        members.append((late.output(rows, 8192), late.weight(own, "bf16", 8192, 1024, mapped=True), -1, -1))
+        if index == 0:
+            late.pack()
+    late.linears(late.input(rows, 1024), members)
+    outputs = [np.empty((3, 8192), np.float32) for _ in members]
+    late.run([3], [], [x], outputs, late.new_state(0, 1))
+    for output in outputs:
+        assert np.array_equal(bits(output), bits(expected))
+
+
 def test_profile() -> None:
     graph, weights = decoder()
     program = CpuBackend(2).compile(graph, weights)

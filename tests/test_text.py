@@ -208,6 +208,9 @@ def test_special_ids(pairs: dict[str, tuple[Text, Text, Any]], kind: str) -> Non
     directory, gguf, original = pairs[kind]
     assert directory.vocab_size == len(original)
     assert gguf.vocab_size == 1024
+    assert (
+        directory.token_bytes(len(original)) == directory.token_bytes(1 << 31) == directory.token_bytes(1 << 70) == b""
+    )
     names = KINDS[kind]["specials"]
     ends = {"<|im_end|>", "<|endoftext|>", "<|eot_id|>"} & set(names)
     assert {gguf.token_id(name) for name in ends} == set(gguf.eos_ids)

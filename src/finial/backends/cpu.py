@@ -67,6 +67,7 @@ class CpuProgram:
         self._bytes: dict[str, NDArray[np.uint8]] = {}  # of matrices used in place
         self._matrices: dict[tuple[str, ...], int] = {}  # weight and bias -> the native matrix
         self._lower()
+        self._native.pack()  # beside what is done until the first state or step is asked for
         self._weights, self._bytes = {}, {}  # the native program holds what it points at
         self._chooser = None
         if self._outputs and self._outputs[0].name == graph.outputs[0] and self._outputs[0].shape[0] == "R":

@@ -218,7 +218,8 @@ void bind_program(nb::module_& m) {
           },
           "Each instruction: what, bytes of weights per call, calls, seconds of work, seconds at the barrier before "
           "it.")
-      .def("new_state", &Program::new_state, "pages"_a, "page_size"_a)
+      .def("pack", &Program::pack, "Begins to pack the mapped weights; new_state and run wait for its end.")
+      .def("new_state", &Program::new_state, "pages"_a, "page_size"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("run", &run, "sizes"_a, "ints"_a.noconvert(), "inputs"_a.noconvert(), "outputs"_a.noconvert(), "state"_a,
            "One step, without the interpreter's lock. ValueError names an input that points outside its arrays.")
       .def("sample", &sample, "sizes"_a, "ints"_a.noconvert(), "inputs"_a.noconvert(), "state"_a, "output"_a,

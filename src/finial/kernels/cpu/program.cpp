@@ -18,13 +18,17 @@ constexpr int ROUNDED = -3;   // less its kind: rounded inputs of products that 
 // Bytes of each cache that are taken when it is made: one large page, whose zeroing the first token would wait for.
 constexpr size_t FIRST_POSITIONS = size_t{2} << 20;
 
+// Bytes of panels that a thread packs at a time: several large pages, because two threads that touch one for the first
+// time together both have it zeroed.
+constexpr int64_t PACKED_AT_ONCE = int64_t{8} << 20;
+
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
 }  // namespace
 
-State::State(std::vector<CacheSpec> specs, int64_t pages, int64_t page_size)
+State::State(std::vector<CacheSpec> specs, int64_t pages, int64_t page_size, Pool& pool)
     : pages(pages), page_size(page_size), specs_(std::move(specs)) {
   require(pages >= 0 && page_size >= 1 && pages <= INT32_MAX / page_size,
           "a cache of " + std::to_string(pages) + " pages of " + std::to_string(page_size) +
@@ -32,8 +36,11 @@ State::State(std::vector<CacheSpec> specs, int64_t pages, int64_t page_size)
   for (const CacheSpec& s : specs_) {
     const int64_t row = cache_row_bytes(s.type, s.head_dim);
     memory_.emplace_back(static_cast<size_t>(pages * page_size * 2 * s.kv_heads * row), Pages::Huge);
-    memory_.back().take(FIRST_POSITIONS);
   }
+  std::atomic<size_t> next{0};
+  pool.run([&](int) {
+    for (size_t i; (i = next.fetch_add(1)) < memory_.size();) memory_[i].take(FIRST_POSITIONS);
+  });
 }
 
 void State::take() {
@@ -167,19 +174,62 @@ uint8_t* Program::room_for_panels(int64_t bytes) {
   return out;
 }
 
-void Program::pack(finial::Linear& made, uint8_t* out, int64_t stride, bool mapped) {
-  const int64_t count = panels(made), step = std::max<int64_t>(1, (int64_t{1} << 20) / stride);
-  made.stride = stride;
-  std::atomic<int64_t> next{0};
-  pool_->run([&](int) {
-    for (int64_t begin; (begin = next.fetch_add(step)) < count;) {
-      const int64_t end = std::min(begin + step, count);
-      kernels_->pack(made, out, begin, end);
-      const int64_t first = begin * PANEL, last = std::min(end * PANEL, made.n_out);
-      if (mapped) give_back(made.weight + first * made.row_bytes, static_cast<size_t>((last - first) * made.row_bytes));
+// The sources' matrices in panels: all threads take piece after piece, in the order in which the panels lie, so that
+// nobody waits at the end of a matrix.
+void Program::pack_all(const std::vector<Source>& sources, Pool& pool, const Kernels& kernels,
+                       const std::atomic<bool>& abandoned) {
+  struct Piece {
+    const Source* source;
+    int64_t begin, end;  // panels
+  };
+  std::vector<Piece> pieces;
+  for (const Source& s : sources) {
+    const int64_t count = panels(s.matrix), step = std::max<int64_t>(1, PACKED_AT_ONCE / s.matrix.stride);
+    for (int64_t begin = 0; begin < count; begin += step) pieces.push_back({&s, begin, std::min(begin + step, count)});
+  }
+  std::atomic<size_t> next{0};
+  pool.run([&](int) {
+    for (size_t i; (i = next.fetch_add(1)) < pieces.size() && !abandoned.load();) {
+      const Source& s = *pieces[i].source;
+      kernels.pack(s.matrix, s.out, pieces[i].begin, pieces[i].end);
+      const int64_t first = pieces[i].begin * PANEL, last = std::min(pieces[i].end * PANEL, s.matrix.n_out),
+                    row = s.matrix.row_bytes;
+      if (s.mapped) give_back(s.matrix.weight + first * row, static_cast<size_t>((last - first) * row));
     }
   });
+}
+
+// Where a matrix's panels will be; they are made now unless it is mapped.
+void Program::place(finial::Linear& made, uint8_t* out, int64_t stride, bool mapped,
+                    std::shared_ptr<const void> owner) {
+  made.stride = stride;
+  Source source{made, out, mapped, std::move(owner)};
+  if (mapped)
+    unpacked_.push_back(std::move(source));
+  else
+    pack_all({std::move(source)}, *pool_, *kernels_, abandoned_);
   made.packed = out;
+}
+
+void Program::pack() {
+  finish_packing();
+  sources_ = std::move(unpacked_);
+  unpacked_.clear();
+  if (!sources_.empty())
+    packing_ = std::async(std::launch::async, [this] { pack_all(sources_, *pool_, *kernels_, abandoned_); });
+}
+
+void Program::finish_packing() {
+  if (packing_.valid()) packing_.get();
+  sources_.clear();
+}
+
+State Program::new_state(int64_t pages, int64_t page_size) {
+  {
+    std::lock_guard<std::mutex> lock(running_);
+    finish_packing();
+  }
+  return State(caches_, pages, page_size, *pool_);
 }
 
 int Program::weight(const finial::Linear& weight, bool mapped, std::shared_ptr<const void> owner,
@@ -194,10 +244,11 @@ int Program::weight(const finial::Linear& weight, bool mapped, std::shared_ptr<c
                          weights_.back().stride == panel_bytes(weights_.back().format, weights_.back().n_in) + bytes;
     if (follows) {
       const finial::Linear& first = weights_.back();
-      pack(made, const_cast<uint8_t*>(first.packed) + first.stride - bytes, first.stride, mapped);
+      place(made, const_cast<uint8_t*>(first.packed) + first.stride - bytes, first.stride, mapped, std::move(owner));
     } else {
       const int64_t room = beside.room ? panel_bytes(beside.second, made.n_in) : 0;
-      pack(made, room_for_panels((bytes + room) * panels(made)), bytes + room, mapped);
+      uint8_t* out = room_for_panels((bytes + room) * panels(made));
+      place(made, out, bytes + room, mapped, std::move(owner));
       if (room > 0) roomy_ = index;
     }
   }

@@ -3,11 +3,12 @@
 // Python builds a program once (backends/cpu.py) and then only calls `run`. Shapes are [rows, width] throughout: the
 // width is fixed when the program is built, the rows come with each step, one number per row dimension of the graph.
 // Nothing that a step brings can make a kernel read or write outside its arrays: `run` checks it and throws
-// std::invalid_argument naming the input. Weights are packed when they are declared (packed.h), or used where they are:
-// then whoever builds the program keeps them alive.
+// std::invalid_argument naming the input. Weights are packed (packed.h) when they are declared, those that lie in a
+// mapped file all together by `pack`, or used where they are: then whoever builds the program keeps them alive.
 #pragma once
 
 #include <atomic>
+#include <future>
 #include <map>
 #include <memory>
 #include <string>
@@ -35,7 +36,7 @@ struct CacheSpec {
 // pages * page_size zeroed positions of each cache; memory is taken as it is written.
 class State {
  public:
-  State(std::vector<CacheSpec> specs, int64_t pages, int64_t page_size);
+  State(std::vector<CacheSpec> specs, int64_t pages, int64_t page_size, Pool& pool);
   State(State&&) = default;
   State(const State&) = delete;
   void take();  // all of it from the system now; only before anything is written
@@ -130,6 +131,7 @@ struct Instruction {
 class Program {
  public:
   Program(std::shared_ptr<Pool> pool, const Kernels* kernels) : pool_(std::move(pool)), kernels_(kernels) {}
+  ~Program() { abandoned_.store(true); }
 
   // Building. Indices returned are what later calls take; a shape that does not fit throws std::invalid_argument.
   int dimension();                                                // a number of rows that each step gives
@@ -140,8 +142,8 @@ class Program {
   int cache(CacheSpec spec);                                      // one state of the graph
   void embed(int out, int tokens, const finial::Linear& weight);  // weight.n_in is the width, n_out the vocabulary
   void embed_packed(int out, int tokens, int weight);             // the same from a packed bf16, q8_0 or q4_0 `weight`
-  // A matrix for `linears`. `mapped`: its bytes are a read-only file mapping, given back as they are packed. `owner` is
-  // held while they are used.
+  // A matrix for `linears`. `mapped`: its bytes are a read-only file mapping, packed by `pack` and given back as they
+  // are. `owner` is held while they are used.
   int weight(const finial::Linear& weight, bool mapped, std::shared_ptr<const void> owner) {
     return this->weight(weight, mapped, std::move(owner), {});
   }
@@ -153,6 +155,9 @@ class Program {
     int first = -1;
   };
   int weight(const finial::Linear& weight, bool mapped, std::shared_ptr<const void> owner, const Beside& beside);
+  // Begins to pack what is mapped, with the pool's threads, and returns; `new_state` and `run` wait for its end.
+  // Weights that are declared later are packed by a later call, or by `run`.
+  void pack();
   void linears(int x, const float* norm, int64_t norm_width, float eps, std::vector<Linears::Member> members);
   void rms_norm(int out, int x, const float* weight, int64_t width, float eps);
   void rope(int out, int x, int positions, const float* frequencies, int64_t head_dim, float scale);
@@ -163,7 +168,7 @@ class Program {
   void add(int out, int a, int b);
   void select_rows(int out, int x, int rows);
 
-  State new_state(int64_t pages, int64_t page_size) const { return State(caches_, pages, page_size); }
+  State new_state(int64_t pages, int64_t page_size);
   const std::vector<Instruction>& instructions() const { return code_; }
   const Kernels& kernels() const { return *kernels_; }
   size_t int_inputs() const { return int_names_.size(); }
@@ -216,6 +221,12 @@ class Program {
     }
   };
   struct Step;  // what one run needs beside the program
+  struct Source {
+    finial::Linear matrix;
+    uint8_t* out;
+    bool mapped;
+    std::shared_ptr<const void> owner;
+  };
 
   using Touched = std::map<int, std::vector<Split>>;  // resource: how it was touched
 
@@ -226,7 +237,10 @@ class Program {
   void pointwise(Op op, int out, int a, int b);
   bool known(finial::Linear& made, bool mapped) const;
   uint8_t* room_for_panels(int64_t bytes);
-  void pack(finial::Linear& made, uint8_t* out, int64_t stride, bool mapped);
+  void place(finial::Linear& made, uint8_t* out, int64_t stride, bool mapped, std::shared_ptr<const void> owner);
+  static void pack_all(const std::vector<Source>& sources, Pool& pool, const Kernels& kernels,
+                       const std::atomic<bool>& abandoned);
+  void finish_packing();
   void share_out(Linears& p) const;
 
   void check_step(const Step& step) const;
@@ -283,6 +297,10 @@ class Program {
   std::vector<int64_t> highest_;  // [threads][rows]: of each thread's part of a row
   ChoiceRoom room_;
   std::vector<Timing> timings_;  // [instructions] while profiling, else empty
+
+  std::vector<Source> unpacked_, sources_;  // not begun; at work
+  std::atomic<bool> abandoned_{false};
+  std::future<void> packing_;  // the last member: who destroys a program waits for it before anything else goes
 };
 
 }  // namespace finial

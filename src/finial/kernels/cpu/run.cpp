@@ -198,6 +198,8 @@ void Program::run(const std::vector<int64_t>& sizes, const std::vector<IntArray>
   for (int64_t size : sizes)
     if (size < 0) reject("run: a negative number of rows");
   std::lock_guard<std::mutex> lock(running_);
+  if (!unpacked_.empty()) pack();
+  finish_packing();
   Step step{sizes, ints, state, std::vector<float*>(buffers_.size()), {}, {}, nullptr, 0, {}};
   const Buffer* chosen = sampling == nullptr ? nullptr : &output_buffer(sampling->output);
   if (chosen != nullptr && step.rows(*chosen) != sampling->rows)
