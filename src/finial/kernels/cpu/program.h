@@ -248,6 +248,8 @@ class Program {
   void check_range(const Step& step, const Check& check) const;
   void check_sequences(const Step& step, const SequenceMap& map) const;
   void reserve(Step& step);
+  bool begins_page(const Step& step) const;
+  void take_pages(const Step& step, int thread);
   void wait(size_t at, const Step& step, int thread, Run& next);
   void execute(const Instruction& i, const Step& step, int thread);
   const Buffer& output_buffer(int output) const;

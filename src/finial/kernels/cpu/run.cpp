@@ -188,6 +188,39 @@ void Program::reserve(Step& step) {
   }
 }
 
+// Whether a page of the cache begins with this step, whose memory the system may not have given yet.
+bool Program::begins_page(const Step& step) const {
+  int seen = -1;
+  for (const Instruction& i : code_) {
+    if (i.op != Op::CacheWrite || i.ints[0] == seen) continue;
+    seen = i.ints[0];
+    const IntArray& slots = step.input(seen);
+    for (int64_t row = 0; row < slots.shape[0]; ++row)
+      if (slots.data[row] % step.state.page_size == 0) return true;
+  }
+  return false;
+}
+
+// Takes the memory of such pages before anything is written, every thread for caches of its own: two threads that meet
+// in a large page would both clear one, and one of them for nothing.
+void Program::take_pages(const Step& step, int thread) {
+  int number = 0;
+  for (const Instruction& i : code_) {
+    if (i.op != Op::CacheWrite || number++ % pool_->threads() != thread) continue;
+    const Cache cache = step.state.cache(i.cache);
+    const IntArray& slots = step.input(i.ints[0]);
+    for (int64_t row = 0; row < slots.shape[0]; ++row) {
+      if (slots.data[row] % cache.page_size != 0) continue;
+      for (uint8_t* at : {cache.keys(slots.data[row] / cache.page_size, 0),
+                          cache.values(slots.data[row] / cache.page_size, cache.kv_heads - 1)}) {
+        volatile uint8_t* byte = at;
+        *byte = *byte;
+      }
+    }
+  }
+  pool_->barrier();
+}
+
 void Program::run(const std::vector<int64_t>& sizes, const std::vector<IntArray>& ints,
                   const std::vector<FloatArray>& inputs, const std::vector<FloatArray>& outputs, const State& state,
                   const Sampling* sampling) {
@@ -221,9 +254,10 @@ void Program::run(const std::vector<int64_t>& sizes, const std::vector<IntArray>
   }
   check_step(step);
   reserve(step);
-  const bool timed = !timings_.empty();
+  const bool timed = !timings_.empty(), take = pool_->threads() > 1 && begins_page(step);
   pool_->run([&](int thread) {
     Run next{nullptr, nullptr};
+    if (take) take_pages(step, thread);
     if (timed && thread == 0) {
       for (size_t at = 0; at < code_.size(); ++at) {
         const Clock::time_point start = Clock::now();
