@@ -520,6 +520,14 @@ def test_info_as_json(call: Call) -> None:
     assert sizes["bf16"] == told["weight_bytes"]
 
 
+def test_info_on_a_backend(call: Call) -> None:
+    """Also loads it; what a backend says of how it decodes is told (cuda does: tests/test_mega_program.py)."""
+    code, text, _ = call("info", "demo", "--backend", "reference")
+    assert code == 0 and "on reference" in text
+    loaded = json.loads(call("info", "demo", "--backend", "cpu", "--json")[1])["loaded"]
+    assert loaded["backend"] == "cpu" and loaded["notes"] == [] and loaded["load_s"] > 0
+
+
 def test_info_graph(call: Call) -> None:
     _, text, _ = call("info", "--graph")
     assert text.startswith("graph qwen3") and "attention" in text

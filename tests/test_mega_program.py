@@ -23,6 +23,7 @@ from finial.backends.cuda.mega.program import VARIANTS
 from finial.backends.cuda.mega.table import make_plan
 from finial.backends.cuda.program import CudaProgram, headroom
 from finial.backends.cuda.ways import VARIABLE, Trial, TryOut
+from finial.cli import look
 from finial.engine import runs
 from finial.errors import BackendError
 from finial.llm import LLM
@@ -279,6 +280,7 @@ def test_why_the_megakernel_does_not_run_is_said(load: Load) -> None:
     assert llm.notes == ["decoding by graph, not by megakernel: weights in f32 are not streamed, only bf16, fp8, q8_0"]
     llm, _ = load("graph")
     assert llm.notes == ["decoding by graph, as FINIAL_CUDA says"]
+    assert look._load(llm.info.path, "cuda")["notes"] == llm.notes  # `finial info --backend cuda`
     with pytest.raises(BackendError, match="FINIAL_CUDA is 'fast'"):
         load("fast")
 
@@ -345,6 +347,38 @@ def test_the_bound_of_attending_alone_can_be_measured(load: Load) -> None:
     llm, _ = load("mega-heads")
     found = mega.alone_or_split(llm._executable._programs[0], cases=((1, 40),), steps=4, pairs=1)
     assert set(found["batch 1, depth 40"]) == {"alone_ms", "split_ms"}
+
+
+def test_a_recording_that_is_let_go_is_destroyed() -> None:
+    """A shape of step that is recorded anew leaves nothing of the old recording in the driver."""
+    destroyed: list[int] = []
+
+    class Driver:
+        CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
+        made = 0
+
+        def __getattr__(self, name: str) -> Callable[..., tuple[int, ...]]:
+            values = {"cuStreamEndCapture": (7,), "cuGraphInstantiate": (100 + self.made,)}
+
+            def called(*given: Any) -> tuple[int, ...]:
+                if name == "cuGraphExecDestroy":
+                    destroyed.append(given[0])
+                if name == "cuGraphInstantiate":
+                    self.made += 1
+                return (0, *values.get(name, ()))
+
+            return called
+
+    device = object.__new__(driver.CudaDevice)
+    device._cu, device._context, device._stream, device._functions, device._cache = Driver(), 0, 0, {}, None
+    device.arch, device.dependent = "sm_90a", True
+    first, second = device.record([]), device.record([])
+    device.replay(first)
+    assert not destroyed
+    first = device.record([])
+    assert destroyed == [100]
+    del first, second
+    assert sorted(destroyed) == [100, 101, 102]
 
 
 def test_the_driver_is_asked_for_all_blocks_at_once() -> None:

@@ -102,7 +102,7 @@ def _time(device: Any, program: Any, state: Any, feeds: dict[str, np.ndarray], s
     """Milliseconds of a step's graph, the choice of the tokens included."""
     draws = _greedy(len(feeds["wanted"]))
     program.sample(feeds, state, draws)
-    recorded, _ = program._prepare(feeds, state, draws)
+    recorded, _ = program.steps.prepare(feeds, state, draws)
 
     def once() -> None:
         device.replay(recorded.sampling[0])

@@ -446,3 +446,6 @@ def _ranking(table: Table) -> None:
     for name, (status, reason) in table.failures.items():
         grid.add_row("–", Text(name, style="dim"), Text(status, style="red"), "", "", "", "", Text(_brief(reason)))
     console.out().print(grid)
+    for name, row in cell.engines.items():
+        for note in row.notes:
+            console.out().print(Text(console.clean(f"   {name}: {note}"), style="dim"), soft_wrap=True)

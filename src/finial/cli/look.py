@@ -8,7 +8,8 @@ Knows how to lay facts out; they come from the checkpoint, the cost model and fi
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+import time
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
     from finial.cli.model_facts import Facts
     from finial.machine import Bandwidth, Machine
 
+LOADED_CONTEXT = 256  # positions of the cache that `info --backend` makes: how a model is run does not hang on more
 AsJson = Annotated[bool, typer.Option("--json", help="The same as JSON.")]
 
 
 def info(
     model: options.ModelArgument = "demo",
     graph: Annotated[bool, typer.Option("--graph", help="Print the model's graph instead.")] = False,
+    backend: Annotated[
+        str, typer.Option(help="Also load it there, such as cuda, and say how it is run.", show_default=False)
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Show a model: its shape, its size in every format, what fits in this machine's memory."""
@@ -43,10 +48,35 @@ def info(
         print((built.to_json() if as_json else built.text()).rstrip("\n"))
         return
     facts = model_facts.gather(model, checkpoint)
+    loaded = _load(model, backend) if backend else None
     if as_json:
-        print(json.dumps(facts.to_dict(), ensure_ascii=False, indent=2))
-    else:
-        _info_page(facts)
+        more = {} if loaded is None else {"loaded": loaded}
+        print(json.dumps({**facts.to_dict(), **more}, ensure_ascii=False, indent=2))
+        return
+    _info_page(facts)
+    if loaded is not None:
+        page = Page()
+        page.section(f"on {loaded['backend']}")
+        page.row("weights", size(loaded["weight_bytes"]), loaded["format"])
+        page.row("load", f"{significant(loaded['load_s'])} s")
+        for note in loaded["notes"]:
+            page.row("", note)
+        page.show(console.out())
+
+
+def _load(model: str, backend: str) -> dict[str, Any]:
+    """What a load on a backend tells, in the words of `LLM.notes`."""
+    from finial.llm import LLM
+
+    started = time.perf_counter()
+    with LLM(model, backend=backend, max_context=LOADED_CONTEXT, max_batch=1) as llm:
+        return {
+            "backend": llm.info.backend,
+            "format": llm.info.format,
+            "weight_bytes": llm.info.weight_bytes,
+            "load_s": time.perf_counter() - started,
+            "notes": llm.notes,
+        }
 
 
 def _info_page(facts: Facts) -> None:

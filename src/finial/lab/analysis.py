@@ -216,6 +216,16 @@ def precision_labels(data: Data) -> dict[tuple[str, str], list[str]]:
     return labels
 
 
+def note_lines(data: Data) -> list[str]:
+    """How engines say that they ran, each remark once, with the format in which it first held."""
+    lines: dict[tuple[str, str], str] = {}
+    for cell in data.cells.values():
+        for name, row in cell.engines.items():
+            for note in row.notes:
+                lines.setdefault((name, note), f"{name}, {cell.format}: {note}")
+    return list(lines.values())
+
+
 def groups(data: Data) -> dict[tuple[str, str], list[Cell]]:
     """Cells by model and format, in the order of the run."""
     found: dict[tuple[str, str], list[Cell]] = {}

@@ -93,6 +93,7 @@ class Row(msgspec.Struct, omit_defaults=True):
         status: "ok", "failed" (it said no, died, took too long) or "invalid" (it answered, but not what was asked).
         reason: why not; discarded: samples taken before that, which do not count.
         cache: whether it had a KV cache; memory: what the adapter said of it, in bytes.
+        notes: how it ran, in its words.
         energy: None where there is no counter (the record says why) or it could not be measured.
     """
 
@@ -107,6 +108,7 @@ class Row(msgspec.Struct, omit_defaults=True):
     device: str = ""
     load_s: float | None = None
     memory: dict[str, int | None] | None = None
+    notes: list[str] = []
     energy: Energy | None = None
 
     @property

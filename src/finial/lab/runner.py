@@ -456,8 +456,8 @@ class Runner:
             row.version, row.precision = str(reply.get("version", "")), str(reply.get("precision", ""))
             row.device, row.load_s = str(reply.get("device", "")), reply.get("load_s")
             worker = self._workers.get(subject.name)
-            if worker is not None and worker.alive and row.status == "ok" and row.memory is None:
-                row.memory = self._memory(worker)
+            if worker is not None and worker.alive and row.status == "ok":
+                self._remarks(worker, row)
         cell.at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         key = f"{group.key}/{workload.name}"
         self._record.cells[key] = cell
@@ -466,12 +466,15 @@ class Runner:
         self._say(f"{key}: " + ", ".join(f"{name} {number:.4g}" for name, number in medians.items()))
         self._tick(key)
 
-    def _memory(self, worker: Worker) -> dict[str, int | None] | None:
+    def _remarks(self, worker: Worker, row: Row) -> None:
+        """What it held, unless that was measured, and how it ran."""
         try:
             told = worker.ask("memory", RUN_S)
         except WorkerError:
-            return None  # it keeps its numbers: what it held is a remark beside them
-        return held(told, MemoryProbe(worker.pid))
+            return  # it keeps its numbers
+        if row.memory is None:
+            row.memory = held(told, MemoryProbe(worker.pid))
+        row.notes = [str(note) for note in told.get("notes", [])]
 
 
 def _said(verdict: Verdict) -> str:

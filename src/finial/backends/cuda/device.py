@@ -80,7 +80,7 @@ class Device(Protocol):
         """Give it back, once all work that was asked for is done; its array must not be looked at any more."""
 
     def record(self, launches: Sequence[Launch]) -> Any:
-        """Compile what is needed; something that `replay` runs."""
+        """Compile what is needed; something that `replay` runs, which gives back what it holds when it is let go."""
 
     def replay(self, recording: Any) -> None:
         """Run the launches in order, each after the one before; returns before they end."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,14 @@ def _refuses_waiting(*, cooperative: bool, mps: bool, environment: Mapping[str, 
     if mps or named:
         return f"the GPU is shared by way of MPS ({named or 'says the driver'})"
     return ""
+
+
+class _Recording:
+    """A CUDA graph ready to be launched, destroyed with the object."""
+
+    def __init__(self, device: CudaDevice, graph: Any) -> None:
+        self.graph = graph
+        weakref.finalize(self, device.destroy_graph, graph).atexit = False
 
 
 class CudaDevice:
@@ -217,14 +226,20 @@ class CudaDevice:
                 self._launch(launch, self.dependent and index > 0)
         finally:
             graph = _call(cu, cu.cuStreamEndCapture(self._stream))
-        recording = _call(cu, cu.cuGraphInstantiate(graph, 0))
-        _call(cu, cu.cuGraphDestroy(graph))
-        return recording
+        try:
+            return _Recording(self, _call(cu, cu.cuGraphInstantiate(graph, 0)))
+        finally:
+            _call(cu, cu.cuGraphDestroy(graph))
+
+    def destroy_graph(self, graph: Any) -> None:
+        """Of a recording that nobody has; one that is under way ends first (driver API, cuGraphExecDestroy)."""
+        self._enter()
+        _call(self._cu, self._cu.cuGraphExecDestroy(graph))
 
     def replay(self, recording: Any) -> None:
         """Launch the graph; returns at once."""
         self._enter()
-        _call(self._cu, self._cu.cuGraphLaunch(recording, self._stream))
+        _call(self._cu, self._cu.cuGraphLaunch(recording.graph, self._stream))
 
     def resident(self, kernel: Kernel) -> int:
         """Blocks of a kernel that can be at work at once."""

@@ -14,7 +14,16 @@ from statistics import median
 from typing import Any
 
 from finial import __version__
-from finial.lab.analysis import DISTURBED, disturbances, energy_line, machine_line, memory, precision_labels, readings
+from finial.lab.analysis import (
+    DISTURBED,
+    disturbances,
+    energy_line,
+    machine_line,
+    memory,
+    note_lines,
+    precision_labels,
+    readings,
+)
 from finial.lab.answer import answer
 from finial.lab.open_loop import summary
 from finial.lab.quality import BASES
@@ -216,7 +225,7 @@ def _record(label: str, data: Data, many: bool) -> dict[str, Any]:
         speeds = "".join(f"; {kind} {gops / 1000:.2f} T/s" for kind, gops in peaks.items())
         lines.append(f"{threads} thread{'s' * (threads != '1')}: {span}{speeds}")
     lines += [f"{name} ({version}): {'; '.join(kept)}" for (name, version), kept in precision_labels(data).items()]
-    lines.append(energy_line(data))
+    lines += [*note_lines(data), energy_line(data)]
     return {
         "started": data.started,
         "warnings": list(_warnings(data)),

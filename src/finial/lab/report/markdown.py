@@ -23,6 +23,7 @@ from finial.lab.analysis import (
     machine_line,
     measured,
     memory,
+    note_lines,
     ours,
     precision_labels,
     ratio,
@@ -90,6 +91,8 @@ def _head(data: Data) -> Iterator[str]:
             )
     for (name, version), precisions in precision_labels(data).items():
         yield f"- {name} ({version}) — {'; '.join(precisions)}"
+    for line in note_lines(data):
+        yield f"- {line}"
     yield f"- {energy_line(data)}"
 
 

@@ -58,7 +58,8 @@ class Session:
         return {"tokens": self.llm.generate(ids, max_tokens=new, temperature=1.0, seed=seed, ignore_eos=True).tokens}
 
     def memory(self) -> dict[str, Any]:
-        return {"weight_bytes": self.llm.info.weight_bytes, "kv_bytes": self.llm.info.kv_bytes}
+        held = {"weight_bytes": self.llm.info.weight_bytes, "kv_bytes": self.llm.info.kv_bytes}
+        return {**held, "notes": self.llm.notes}
 
 
 if __name__ == "__main__":
