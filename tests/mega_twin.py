@@ -91,6 +91,8 @@ class MegaTwin:
         fused_mlp: bool = False,
         by_head: bool = False,
         whole: bool = False,
+        down_parts: int = 0,
+        shared: int = 227 << 10,
     ) -> None:
         self.model, self.rows = model, rows
         shape = model.found.shape
@@ -98,13 +100,14 @@ class MegaTwin:
             shape,
             rows=rows,
             multiprocessors=blocks,
-            shared=227 << 10,
+            shared=shared,
             sampled=sampled,
             warps=warps,
             stage_bytes=stage_bytes,
             fused_mlp=fused_mlp,
             by_head=by_head,
             whole=whole,
+            down_parts=down_parts,
         )
         self.kernel = table.kernel(self.plan, PAGE, bulk=bulk, least=least)
         self.device = TwinDevice(arena=arena, seed=seed, base=base)

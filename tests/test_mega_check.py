@@ -91,6 +91,7 @@ def plans(draw: st.DrawFn) -> Plan:
     options = {
         "fused_mlp": shape.format != "q8_0" and shape.ffn % 8 == 0 and draw(st.booleans()),
         "by_head": draw(st.booleans()),
+        "down_parts": draw(st.integers(0, 3)),
         "rows": draw(st.integers(1, 8)),
         "multiprocessors": draw(st.integers(1, 8) | st.integers(40, 170)),
         "sampled": draw(st.booleans()),
@@ -130,7 +131,13 @@ SHAPES = {
         whole=True,
     ),
     "split by head": make_plan(
-        replace(SMALL, format="q8_0", width=72), rows=2, multiprocessors=3, shared=SHARED[86], warps=2, by_head=True
+        replace(SMALL, format="q8_0", width=72),
+        rows=2,
+        multiprocessors=3,
+        shared=SHARED[86],
+        warps=2,
+        by_head=True,
+        down_parts=2,
     ),
     "idle": make_plan(replace(SMALL, layers=1, vocab=1600), rows=1, multiprocessors=170, shared=SHARED[90]),
 }
@@ -217,7 +224,7 @@ def wrong_target(made: Plan) -> Iterator[Plan]:
 
 
 def dropped_signal(made: Plan) -> Iterator[Plan]:
-    yield from set_all(made, SIGNAL, lambda e: -1, *SIGNALLING)
+    yield from set_all(made, SIGNAL, lambda e: -1 if e[SIGNAL] >= 0 else None, *SIGNALLING)
 
 
 def wrong_signal(made: Plan) -> Iterator[Plan]:
@@ -370,6 +377,6 @@ def test_a_finding_says_who_and_where() -> None:
 
 
 def test_shared_memory_that_is_too_small_is_refused() -> None:
-    with pytest.raises(Unsuited, match="8 rows of 9,728 values take"):
-        make_plan(REAL["Qwen3-4B"], rows=8, multiprocessors=132, shared=SHARED[90])
+    with pytest.raises(Unsuited, match="8 rows of 4,864 values take"):
+        make_plan(REAL["Qwen3-4B"], rows=8, multiprocessors=132, shared=SHARED[86])
     assert table.terms_of(5) == 3 and table.terms_of(6) == 2

@@ -36,7 +36,7 @@ CHOSEN = {
     89: [("Qwen2.5-1.5B", "fp8", "bf16", 1, True, "a"), ("Qwen2.5-0.5B", "fp8", "q8_0", 2, False, "c")],
     90: [
         ("Qwen3-0.6B", "bf16", "bf16", 1, False, "a"),
-        ("Qwen2.5-1.5B", "q8_0", "bf16", 2, True, "a"),
+        ("Qwen3-4B", "q8_0", "bf16", 8, True, "a"),
         ("Qwen3-0.6B", "q8_0", "q8_0", 4, False, "a"),
         ("Qwen3-0.6B", "fp8", "q8_0", 8, False, "c, split"),
         ("Qwen3-0.6B", "bf16", "bf16", 1, False, "b"),

@@ -80,6 +80,18 @@ CASES: dict[str, tuple[ModelConfig, str, str, dict[str, Any]]] = {
         "f32",
         {**BY_HEAD, "rows": 8, "warps": 4, "blocks": 2, "sampled": True, "stage_bytes": 8192},
     ),
+    "down in three parts, q8_0": (
+        replace(SMALL, intermediate_size=1024, num_layers=1, windows=(None,)),
+        "q8_0",
+        "f32",
+        {"rows": 2, "down_parts": 3, "shared": 30 << 10},
+    ),
+    "down in two parts, x staged once": (
+        replace(SMALL, intermediate_size=152, hidden_size=72),
+        "fp8",
+        "f32",
+        {"rows": 2, "down_parts": 2, "blocks": 4, "sampled": True},
+    ),
     "by head, split": (SMALL, "bf16", "f32", {**BY_HEAD, "whole": False, "rows": 2, "blocks": 4}),
 }
 

@@ -157,6 +157,7 @@ def test_work_is_shared_out_evenly(name: str, multiprocessors: int) -> None:
         entries = entries_of(made, kind)
         for layer in range(shape.layers if kind != layout.HEAD else 1):
             own = entries[entries[:, 1 + layout.LAYER] == layer]
+            own = own[own[:, 1 + FIRST] < layout.groups_of(shape, kind)]  # further parts of down are as the first one
             counts = np.bincount(own[:, 0], own[:, 1 + COUNT], minlength=made.blocks)
             assert counts.sum() == layout.groups_of(shape, kind) and np.ptp(counts) <= 1
     stream = made.stream_bytes()
@@ -180,10 +181,10 @@ def test_shared_memory_is_what_there_is(name: str, capability: int, rows: int) -
     try:
         made = make_plan(shape, rows=rows, multiprocessors=132, shared=SHARED[capability])
     except Unsuited as reason:
-        assert "no room for weights" in str(reason)
-        # Two terms of the widest x leave less than three of the smallest stages and sums.
-        widest = 2 * rows * max(shape.ffn, shape.heads * shape.head_dim) * 2
-        assert widest > SHARED[capability] - (28 << 10), reason
+        assert "no room for weights" in str(reason) and capability < 90
+        # Two terms of what is not cut leave less than three of the smallest stages and sums.
+        widest = 2 * rows * max(shape.width, shape.heads * shape.head_dim) * 2
+        assert widest > SHARED[capability] - (64 << 10), reason
         return
     assert made.shared.total <= SHARED[capability] - table.RESERVED_SHARED
     assert made.terms in (2, 3) and made.terms * rows <= 16

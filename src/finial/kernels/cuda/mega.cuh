@@ -77,7 +77,7 @@ struct Mega : Parts<C> {
         if (!P::is_product(kind)) continue;
         const int k = P::is_grouped(*entry) ? P::group_columns(*entry)
                       : kind == OUTPUT      ? P::ATTN
-                      : kind == DOWN        ? C::F
+                      : kind == DOWN        ? P::down_columns(*entry)
                                             : C::D;
         int bytes = entry->count * ceil_div(k, 32) * P::U::BYTES, most = P::RingShape::SLOT_BYTES;
         if (C::MLP && kind == MLP_DOWN) {
@@ -134,7 +134,7 @@ struct Mega : Parts<C> {
         if (entry.kind == END) break;
         const bool product = P::is_product(entry.kind);
         const bool alike = product && entry.kind == staged_kind && entry.layer == staged_layer;
-        const bool staged = P::is_grouped(entry) ? C::WHOLE : alike;
+        const bool staged = P::is_grouped(entry) ? C::WHOLE : alike && !(P::is_part(entry) && !C::DOWN_WHOLE);
         if (product && !alike) Work::warm(a, entry);
         if constexpr (C::WHOLE) {
           if (entry.kind == GROUP_ATTEND) warm_group(a, state, entry);

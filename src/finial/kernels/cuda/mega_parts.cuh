@@ -59,7 +59,8 @@ struct alignas(16) Entry {
 
 // Format, Embed, Cache; L, D, H, KV, HD, F, V; B rows of TERMS terms; WARPS, STAGES, STAGE_UNITS, BULK; GA row groups
 // summed at once; SPLITS, GB, U, LEAST positions of a split; PAGE, WINDOW, EPS, ROPE_SCALE, SCALE; NORMED, BIAS,
-// SAMPLED; MLP, OWN neurons of a block at most; BY_HEAD, WHOLE (see table.py); ENTRIES of a block, SCRATCH bytes.
+// SAMPLED; MLP, OWN neurons of a block at most; DOWN_PARTS, DOWN_WHOLE, BY_HEAD, WHOLE (see table.py); ENTRIES of a
+// block, SCRATCH bytes.
 template <class C>
 struct Parts {
   using U = Unit<typename C::Format>;
@@ -74,7 +75,10 @@ struct Parts {
   FINIAL_DEVICE static constexpr int most(int a, int b) { return a > b ? a : b; }
   FINIAL_DEVICE static constexpr int four(int n) { return round_up(n, 4); }
   // A row of x in shared memory: 64 bytes more than a multiple of 128, so that of 8 lanes no two meet in a bank.
-  static constexpr int KMAX = most(most(D, C::BY_HEAD ? C::GB * C::HD : ATTN), C::MLP ? 0 : C::F),
+  // Down comes in parts of its columns, whole units each; DOWN's `first` is part · row groups + row group.
+  static constexpr int F_UNITS = ceil_div(C::F, 32), PART = ceil_div(F_UNITS, C::DOWN_PARTS) * 32;
+  static constexpr int F_MOST = C::DOWN_WHOLE || PART > C::F ? C::F : PART;
+  static constexpr int KMAX = most(most(D, C::BY_HEAD ? C::GB * C::HD : ATTN), C::MLP ? 0 : F_MOST),
                        STRIDE = round_up(KMAX, 64) + 32;
   static constexpr int X_BYTES = round_up(ROWS * STRIDE * 2, 128), SUMS = C::WARPS * GA * ROWS * 8;
   static constexpr int CHUNK = 128, SQUARES = ceil_div(D, CHUNK);  // values of a warp's turn when x is read
@@ -155,9 +159,18 @@ struct Parts {
     return group_heads(entry.first / ROW_GROUPS % PARTS) * C::HD;
   }
   FINIAL_DEVICE static bool is_grouped(const Entry& entry) { return C::BY_HEAD && entry.kind == GROUP_OUTPUT; }
+  FINIAL_DEVICE static bool is_part(const Entry& entry) { return C::DOWN_PARTS > 1 && entry.kind == DOWN; }
+  FINIAL_DEVICE static int down_first(const Entry& entry) {
+    return is_part(entry) ? F_UNITS * (entry.first / ROW_GROUPS) / C::DOWN_PARTS * 32 : 0;
+  }
+  FINIAL_DEVICE static int down_columns(const Entry& entry) {
+    if (!is_part(entry)) return C::F;
+    const int end = F_UNITS * (entry.first / ROW_GROUPS + 1) / C::DOWN_PARTS * 32;
+    return (end < C::F ? end : C::F) - down_first(entry);
+  }
   // The first row group of a product's entry.
   FINIAL_DEVICE static int row_group(const Entry& entry) {
-    return is_grouped(entry) ? entry.first % ROW_GROUPS : entry.first;
+    return is_grouped(entry) || is_part(entry) ? entry.first % ROW_GROUPS : entry.first;
   }
   // Row groups of a stage of MLP_DOWN: as many whole ones as a slot holds, the same number for every warp.
   FINIAL_DEVICE static int down_groups(int octets) {

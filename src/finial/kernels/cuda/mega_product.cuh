@@ -49,7 +49,8 @@ struct Product : Parts<C> {
         return {a.x1, vectors + P::MLP_NORM, nullptr, vectors + P::GATE_UP_SCALES, D, 2 * C::F, D};
       case DOWN:
       case MLP_DOWN:
-        return {a.act, nullptr, nullptr, vectors + P::DOWN_SCALES, C::F, D, C::F};
+        return {a.act + P::down_first(entry), nullptr, nullptr, vectors + P::DOWN_SCALES,
+                P::down_columns(entry),       D,       C::F};
       default:
         return {a.x0, a.vectors + P::FINAL_NORM, nullptr, a.vectors + P::HEAD_SCALES, D, C::V, D};
     }
@@ -189,7 +190,8 @@ struct Product : Parts<C> {
         e.add[0] = row % 4 ? v[2] : v[0], e.add[1] = row % 4 ? v[3] : v[1];
       }
     } else if (entry.kind == OUTPUT || entry.kind == DOWN) {
-      const float* x = (entry.kind == OUTPUT ? a.x0 : a.x1) + b * D + row;
+      const bool goes_on = P::is_part(entry) && entry.first >= P::ROW_GROUPS;  // from this block's part before
+      const float* x = (entry.kind == OUTPUT || goes_on ? a.x0 : a.x1) + b * D + row;
       e.add[0] = ptx::load_shared_by_all(x), e.add[1] = ptx::load_shared_by_all(x + 1);
     }
     return e;
@@ -201,7 +203,15 @@ struct Product : Parts<C> {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Source s = source(a, entry);
     const int blocks = ceil_div(s.k, 32), origin = P::row_group(entry);
-    if (!staged) stage(a, m, s);
+    const u16* x = m.x();
+    if (P::is_part(entry) && C::DOWN_WHOLE) {  // x of all parts, from the first one
+      Source all = s;
+      all.x = a.act, all.k = C::F;
+      if (!staged) stage(a, m, all);
+      x += P::down_first(entry);
+    } else if (!staged) {
+      stage(a, m, s);
+    }
     if (C::BY_HEAD && entry.kind == QKV) residual(a, m, entry);
     u64 best[EACH];
 #pragma unroll
@@ -231,7 +241,7 @@ struct Product : Parts<C> {
           const int mine = (end - unit + WARPS - 1) / WARPS, count = mine < reader.left ? mine : reader.left;
           const u8* from = reader.unit;
 #pragma unroll 4
-          for (int i = 0; i < count; i++) multiply(sums, from + i * (WARPS * U::BYTES), m.x(), kb + i * WARPS, lane);
+          for (int i = 0; i < count; i++) multiply(sums, from + i * (WARPS * U::BYTES), x, kb + i * WARPS, lane);
           reader.unit += count * (WARPS * U::BYTES), reader.left -= count;
           unit += count * WARPS, kb += count * WARPS;
         }

@@ -155,6 +155,7 @@ def _entries(plan: Plan) -> Iterator[Finding]:
     groups = layout.groups_of(shape, OUTPUT)
     most[GROUP_ATTEND] = layout.head_groups(shape)
     most[GROUP_OUTPUT] = most[GROUP_ATTEND] * groups
+    most[DOWN] *= plan.down_parts
     size = np.where(np.isin(kind, (ATTEND, GROUP_ATTEND)), 1, count)
     bad = (kind < 0) | (kind >= len(NAMES)) | (t[:, :, LAYER] < 0) | (t[:, :, LAYER] >= shape.layers)
     bad |= (t[:, :, WAIT] >= len(plan.arrivals)) | (t[:, :, SIGNAL] >= len(plan.arrivals))
@@ -162,7 +163,7 @@ def _entries(plan: Plan) -> Iterator[Finding]:
     bad |= (kind != TOKEN) & ((t[:, :, FIRST] < 0) | (size < 1) | (t[:, :, FIRST] + size > limit))
     bad |= (kind == ATTEND) & ((count >> 16 != plan.splits) | (count & 0xFFFF >= plan.splits))
     bad |= (kind == GROUP_ATTEND) & (count != ATTENDS) & (count != ATTENDS_AND_KEEPS)
-    bad |= (kind == GROUP_OUTPUT) & (t[:, :, FIRST] % groups + count > groups)
+    bad |= np.isin(kind, (GROUP_OUTPUT, DOWN)) & (t[:, :, FIRST] % groups + count > groups)
     bad |= np.isin(kind, (OUTPUT,) if plan.by_head else (GROUP_OUTPUT,))
     bad |= np.isin(kind, (ATTEND,) if plan.whole else (GROUP_ATTEND,))
     for block, at in np.argwhere(bad & live)[:_MOST].tolist():
@@ -175,6 +176,13 @@ def _entries(plan: Plan) -> Iterator[Finding]:
     alone = (up | down) & ~(up & down & same) & live[:, :-1]
     for block, at in np.argwhere(alone)[:_MOST].tolist():
         yield Finding("entry", f"{_name(plan.table, block, at)} and the next one do not share their neurons")
+    # Parts of down add to the rows of the part before, which is the entry before.
+    further = (kind[:, 1:] == DOWN) & (after[:, :, FIRST] >= groups)
+    same = (before[:, :, KIND] == DOWN) & (after[:, :, FIRST] == before[:, :, FIRST] + groups)
+    same &= (after[:, :, LAYER] == before[:, :, LAYER]) & (after[:, :, COUNT] == before[:, :, COUNT])
+    lost = further & ~same & live[:, 1:]
+    for block, at in np.argwhere(lost)[:_MOST].tolist():
+        yield Finding("entry", f"{_name(plan.table, block, at + 1)} does not go on with the part before it")
     if not plan.whole:
         return
     # And so is what it attended for; between the two nothing else is put there.
@@ -344,6 +352,18 @@ def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
 
     width, gated = layout.groups_of(shape, DOWN), layout.groups_of(shape, GATE_UP)
     qkv_groups = layout.groups_of(shape, QKV)
+    parts = plan.down_parts
+
+    def rows_of_down() -> _Span:
+        return _Span(of[DOWN], e.first[of[DOWN]] % width, e.first[of[DOWN]] % width + e.count[of[DOWN]])
+
+    def residual_of(kind: int) -> list[_Span]:  # all parts of the rows that the entry's residual is
+        chosen = of[kind][later_layers(of[kind])]
+        begin = e.first[chosen]
+        return [
+            _Span(chosen, begin + part * width, begin + part * width + e.count[chosen], -1) for part in range(parts)
+        ]
+
     attend, merge, idle = of[ATTEND], of[MERGE], of[IDLE]
     at_split, idle_split = (e.first[which] * plan.splits + split[which] for which in (attend, idle))
     items = plan.items
@@ -370,23 +390,23 @@ def _accesses(plan: Plan, events: Events, parities: int) -> list[_Access]:
             last = [whole(HEAD, qkv_groups), whole(QKV, qkv_groups, 0, later_layers)]
             residual.append(access("x0", qkv_groups, [own(QKV, 0, first_layer)], [*adding, *last], e.step))
         else:
-            reads = [whole(QKV, width, -1, later_layers), whole(HEAD, width, shape.layers - 1)]
-            residual.append(access("x0", width, [own(DOWN)], reads))
+            reads = [whole(QKV, width * parts, -1, later_layers), whole(HEAD, width * parts, shape.layers - 1)]
+            residual.append(access("x0", width * parts, [own(DOWN)], reads))
     else:
         residual = [
             access(
                 "x0",
-                width,
+                width * parts,
                 # With gate·up and down in one phase the residual is put there first, and blocks add to it.
                 [own(OUTPUT if plan.own else DOWN)],
                 [
-                    whole(QKV, width, -1, later_layers),
-                    own(OUTPUT, -1, later_layers),
-                    whole(HEAD, width, shape.layers - 1),
-                    whole(MLP_DOWN, width),
+                    whole(QKV, width * parts, -1, later_layers),
+                    *residual_of(OUTPUT),
+                    whole(HEAD, width * parts, shape.layers - 1),
+                    whole(MLP_DOWN, width * parts),
                 ],
             ),
-            access("x1", width, [own(OUTPUT)], [whole(GATE_UP, width), whole(MLP_UP, width), own(DOWN)]),
+            access("x1", width, [own(OUTPUT)], [whole(GATE_UP, width), whole(MLP_UP, width), rows_of_down()]),
         ]
     if plan.whole:
         residual.append(access("new keys and values", shape.kv_heads, [_Span(keeping, kept, kept + 1)], [], gaps=False))

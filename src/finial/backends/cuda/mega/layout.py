@@ -172,3 +172,14 @@ def head_output_units(shape: MegaShape, first: Numbers) -> NDArray[np.int64]:
     _, columns = head_columns(shape, np.asarray(first, np.int64) // groups_of(shape, OUTPUT))
     units: NDArray[np.int64] = -(-columns // UNIT_K)
     return units
+
+
+# --- down in parts: where x of many rows is too wide ------------------------------------------------------------------
+
+
+def down_columns(shape: MegaShape, part: Numbers, parts: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(first, how many) of the columns of a part of down, whole units each; DOWN's `first` is part · row groups + row
+    group."""
+    units, part = k_units(shape, DOWN), np.asarray(part, np.int64)
+    first = units * part // parts * UNIT_K
+    return first, np.minimum(units * (part + 1) // parts * UNIT_K, shape.ffn) - first

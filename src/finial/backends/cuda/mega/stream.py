@@ -123,9 +123,13 @@ class Packer:
             return self._octets(layer, tensors[0], first, count)
         if kind == GROUP_OUTPUT:
             return self._columns(layer, tensors[0], first, count)
-        kind = GATE_UP if kind == MLP_UP else kind
+        kind, parts = GATE_UP if kind == MLP_UP else kind, self._plan.down_parts
+        begin, columns = 0, layout.product_size(self._shape, kind)[1]
+        if kind == DOWN and parts > 1:
+            number, first = divmod(first, layout.down_groups(self._shape))
+            begin, columns = (int(n) for n in layout.down_columns(self._shape, number, parts))
         order = self._orders[kind][first * ROWS : (first + count) * ROWS]
-        k_units, format = layout.k_units(self._shape, kind), self._shape.format
+        k_units, format = -(-columns // UNIT_K), self._shape.format
         rows = _rows(tensors, order)
         if format == "fp8":
             k = tensors[0].shape[1]
@@ -136,11 +140,12 @@ class Packer:
                 self._vectors[self._after["head_scales"] + first * ROWS :][: len(order)] = scales[:, 0]
             else:
                 self._put(names[kind], layer, scales[:, 0], first * ROWS)
-            return _units(data[:, :k], count, k_units, UNIT_K).reshape(-1)
+            return _units(data[:, begin : begin + columns], count, k_units, UNIT_K).reshape(-1)
         assert tensors[0].format == format, (tensors[0].format, format)
         if format == "bf16":
-            return _units(rows, count, k_units, 2 * UNIT_K).reshape(-1)
-        return _q8_units(rows, count, k_units)
+            return _units(rows[:, 2 * begin : 2 * (begin + columns)], count, k_units, 2 * UNIT_K).reshape(-1)
+        size = 2 + UNIT_K
+        return _q8_units(rows[:, begin // UNIT_K * size :][:, : k_units * size], count, k_units)
 
     def _columns(self, layer: int, tensor: Tensor, first: int, count: int) -> Bytes:
         """The units of these row groups of the product after attention in the columns of a head group."""

@@ -10,6 +10,9 @@ then HEAD, SAMPLE where tokens are drawn, and TOKEN.  Products go by row groups 
 `layout.row_order`.  With `fused_mlp` a block's rows of gate·up make neurons that nobody else sees (MLP_UP), and it adds
 their part of down to everybody's rows (MLP_DOWN): one wait less a layer, and sums in the order of arrival.
 
+Where x of eight rows of down is too wide for a block, down comes in parts of its columns, one entry after another, of
+which each adds to the one before; x is staged whole where that fits, else part by part.
+
 With `by_head` the product after attention is shared out by head groups: a team of blocks has a group's columns, each
 block some of the rows, which it adds to everybody's residual (GROUP_OUTPUT).  With `whole` each block of a team attends
 for the group by itself (GROUP_ATTEND), all positions of all rows: one wait less again, for as long as positions are
@@ -54,10 +57,12 @@ from finial.backends.cuda.mega.layout import (
     TARGET,
     TOKEN,
     UNIT_BYTES,
+    UNIT_K,
     WAIT,
     Numbers,
     counter,
     counters,
+    down_columns,
     down_groups,
     groups_of,
     head_columns,
@@ -74,6 +79,8 @@ STATE_SHARED = 4 << 10  # for barriers, rows and sums of squares, after everythi
 RESERVED_SHARED = 1 << 10  # of every block, by the system (CUDA C++ programming guide, from 8.0)
 STAGE_BYTES = 16 << 10  # about this much is copied at once
 LEAST_STAGES = 3
+MOST_DOWN_PARTS = 4
+LEAST_ELSE = 40 << 10  # of shared memory beside x: three small stages, sums of one row group, the table, the state
 # What a block reads of keys and values at most where it attends by itself: about what a split of at least 128 positions
 # reads and the wait that this saves takes to read, at 40 GB/s a multiprocessor from L2 (reckoned, not measured).
 WHOLE_BYTES = 128 << 10
@@ -95,6 +102,7 @@ class Plan:
         splits: of each attention item; heads: query heads of an item; parts: items of a key/value head and row.
         own: neurons that a block keeps for itself at most; 0 where gate·up and down are two phases.
         by_head, whole: see the module.
+        down_parts: of its columns, the same for all plans of a model and device; down_whole: x is staged once for all.
         sampled: tokens are drawn; otherwise the highest logit is taken where it is made.
         table: int32 [blocks, entries, 8], ended by END.
         arrivals: int32 [counters], of a step.
@@ -114,6 +122,8 @@ class Plan:
     own: int
     by_head: bool
     whole: bool
+    down_parts: int
+    down_whole: bool
     sampled: bool
     table: NDArray[np.int32]
     arrivals: NDArray[np.int32]
@@ -139,7 +149,7 @@ class Plan:
 
     def units(self) -> NDArray[np.int64]:
         """Units of each entry, [blocks, entries]; 0 where it streams nothing, or octets (MLP_DOWN)."""
-        return _units(self.shape, self.table)
+        return _units(self.shape, self.table, self.down_parts)
 
     def entry_bytes(self) -> NDArray[np.int64]:
         """Of each entry in its block's stream, [blocks, entries]."""
@@ -198,6 +208,7 @@ def make_plan(
     fused_mlp: bool = False,
     by_head: bool = False,
     whole: bool = False,
+    down_parts: int = 0,
 ) -> Plan:
     """The table for a device, one block a multiprocessor.
 
@@ -206,6 +217,7 @@ def make_plan(
         shared: bytes of shared memory that a block may have.
         fused_mlp: see the module; not for q8_0, whose blocks lie along the neurons.
         by_head, whole: see the module; `whole` only with `by_head`.
+        down_parts: 0: as many as the device wants, see the module.
     Raises:
         Unsuited: it does not fit; says what.
     """
@@ -219,20 +231,27 @@ def make_plan(
     blocks = min(multiprocessors, groups_of(shape, HEAD))  # every block has rows of the head: see check.py
     heads, parts = heads_at_once(shape.cache, shape.group), parts_of(shape)
     splits = 1 if whole else split_count(rows * shape.kv_heads * parts, blocks)
-    builder = _Builder(shape, blocks, rows, parts, splits, sampled, fused_mlp, by_head, whole)
+    down_parts = 1 if fused_mlp else down_parts or _down_parts(shape, by_head, shared)
+    down_whole = True
+    builder = _Builder(shape, blocks, rows, parts, splits, sampled, fused_mlp, by_head, whole, down_parts)
     table, arrivals = builder.build(), builder.arrivals
     products = np.isin(table[:, :, KIND], (*PRODUCTS, MLP_UP, GROUP_OUTPUT))
     octets = int(np.max(table[:, :, COUNT][table[:, :, KIND] == MLP_DOWN], initial=0))
     most_groups = min(8, int(table[:, :, COUNT][products].max()))
-    terms, unit = terms_of(rows), UNIT_BYTES[shape.format]
+    terms, unit, wanted = terms_of(rows), UNIT_BYTES[shape.format], stage_bytes
     room = shared - RESERVED_SHARED
     while True:
-        layout = _shared(shape, rows, terms, warps, most_groups, heads, octets * ROWS, by_head, whole, table.shape[1])
+        most_k = _most_k(shape, octets, by_head, 1 if down_whole else down_parts)
+        layout = _shared(shape, rows, terms, warps, most_groups, heads, octets * ROWS, most_k, whole, table.shape[1])
         stage_units = max(warps, stage_bytes // unit // warps * warps)
         stages = (room - layout.total) // (stage_units * unit)
         if stages >= LEAST_STAGES:
             break
-        if stage_bytes > STAGE_BYTES // 4 and stage_units > warps:
+        if stage_bytes > STAGE_BYTES // 2 and stage_units > warps:
+            stage_bytes //= 2
+        elif down_whole and down_parts > 1:
+            down_whole, stage_bytes = False, wanted
+        elif stage_bytes > STAGE_BYTES // 4 and stage_units > warps:
             stage_bytes //= 2
         elif most_groups > 1:
             most_groups //= 2
@@ -240,12 +259,12 @@ def make_plan(
             terms -= 1
         else:
             raise Unsuited(
-                f"{rows} rows of {_most_k(shape, octets, by_head):,} values take {layout.total:,} of {max(room, 0):,} "
-                f"bytes of a block's shared memory, which leaves no room for weights"
+                f"{rows} rows of {most_k:,} values take {layout.total:,} of {max(room, 0):,} bytes of a "
+                f"block's shared memory, which leaves no room for weights"
             )
     stages = min(stages, 32)
     layout = SharedLayout(**{**layout.__dict__, "ring": stages * stage_units * unit})
-    units = _units(shape, table)
+    units = _units(shape, table, down_parts)
     table[:, :, STAGES] = -(-units // stage_units)
     down = table[:, :, KIND] == MLP_DOWN
     if octets:  # stages of whole row groups, as many for each warp
@@ -272,6 +291,8 @@ def make_plan(
         octets * ROWS,
         by_head,
         whole,
+        down_parts,
+        down_whole,
         sampled,
         table,
         arrivals,
@@ -279,7 +300,7 @@ def make_plan(
     )
 
 
-def _units(shape: MegaShape, table: NDArray[np.int32]) -> NDArray[np.int64]:
+def _units(shape: MegaShape, table: NDArray[np.int32], down_parts: int) -> NDArray[np.int64]:
     per_group = np.zeros(len(NAMES) + 1, np.int64)  # the last is END's
     for kind in PRODUCTS:
         per_group[kind] = k_units(shape, kind)
@@ -287,7 +308,19 @@ def _units(shape: MegaShape, table: NDArray[np.int32]) -> NDArray[np.int64]:
     units: NDArray[np.int64] = per_group[table[:, :, KIND]] * table[:, :, COUNT]
     mine = table[:, :, KIND] == GROUP_OUTPUT
     units[mine] = head_output_units(shape, table[mine][:, FIRST]) * table[mine][:, COUNT]
+    mine = table[:, :, KIND] == DOWN
+    _, columns = down_columns(shape, table[mine][:, FIRST] // down_groups(shape), down_parts)
+    units[mine] = -(-columns // UNIT_K) * table[mine][:, COUNT]
     return units
+
+
+def _down_parts(shape: MegaShape, by_head: bool, shared: int) -> int:
+    """As few as let a block have x of eight rows, or else of as many as can be; whatever the plan's rows are."""
+    for rows in (MOST_ROWS, 4, 2, 1):
+        for parts in range(1, MOST_DOWN_PARTS + 1):
+            if rows * terms_of(rows) * _most_k(shape, 0, by_head, parts) * 2 + LEAST_ELSE <= shared:
+                return parts
+    return 1
 
 
 def whole_positions(shape: MegaShape, rows: int) -> int:
@@ -309,9 +342,10 @@ def split_count(items: int, blocks: int) -> int:
     return min(range(1, MOST_SPLITS + 1), key=lambda splits: -(-items * splits // blocks) * (1 / splits + 0.02))
 
 
-def _most_k(shape: MegaShape, own: int, by_head: bool) -> int:
+def _most_k(shape: MegaShape, own: int, by_head: bool, down_parts: int) -> int:
     """Of the products whose x is that of all blocks."""
     sizes = {kind: product_size(shape, kind)[1] for kind in PRODUCTS}
+    sizes[DOWN] = int(down_columns(shape, np.arange(down_parts), down_parts)[1].max())
     if own:
         del sizes[DOWN]
     if by_head:
@@ -327,12 +361,12 @@ def _shared(
     most_groups: int,
     heads: int,
     own: int,
-    by_head: bool,
+    most_k: int,
     whole: bool,
     entries: int,
 ) -> SharedLayout:
     """Without the ring."""
-    k = -(-_most_k(shape, own, by_head) // 64) * 64 + 32  # see STRIDE in mega_parts.cuh
+    k = -(-most_k // 64) * 64 + 32  # see STRIDE in mega_parts.cuh
     x = _aligned(rows * terms * k * 2)
     d = -(-shape.head_dim // 16) * 16
     return SharedLayout(
@@ -366,9 +400,10 @@ class _Builder:
         fused_mlp: bool,
         by_head: bool,
         whole: bool,
+        down_parts: int,
     ) -> None:
         self._shape, self._blocks, self._rows, self._fused_mlp = shape, blocks, rows, fused_mlp
-        self._by_head, self._whole = by_head, whole
+        self._by_head, self._whole, self._down_parts = by_head, whole, down_parts
         self._parts, self._splits, self._sampled = parts, splits, sampled
         self._load = np.zeros(blocks, np.int64)  # units
         self._chunks: list[NDArray[np.int32]] = []  # of entries, each with its block before it
@@ -422,8 +457,8 @@ class _Builder:
         self._chunks.append(np.stack(columns, axis=1).astype(np.int32))
         if kind == ATTEND:  # who merges an item signals
             self.arrivals[signal] = self._rows * self._shape.kv_heads * self._parts
-        elif kind not in (TOKEN, MLP_UP, GROUP_ATTEND):
-            np.add.at(self.arrivals, columns[7], 1)
+        else:
+            np.add.at(self.arrivals, columns[7][columns[7] >= 0], 1)
 
     def _product(self, kind: int, layer: int, wait: int) -> None:
         shape = self._shape
@@ -441,7 +476,10 @@ class _Builder:
         first, cuts = first[cuts > first], cuts[cuts > first]
         block = np.searchsorted(ends, first, side="right")
         signal = counter(shape, kind, layer) + first // (groups // heads)
-        self._add(block, kind, layer, first, cuts - first, wait, signal)
+        parts = self._down_parts if kind == DOWN else 1
+        for part in range(parts):  # one after another in each block: the first waits, the last one signals
+            begins, ends_here = wait if part == 0 else NOTHING, signal if part == parts - 1 else NOTHING
+            self._add(block, kind, layer, part * groups + first, cuts - first, begins, ends_here)
 
     def _mlp(self, layer: int) -> None:
         shape = self._shape
@@ -551,6 +589,8 @@ def kernel(plan: Plan, page_size: int, *, bulk: bool = True, least: int = 128) -
         SAMPLED=plan.sampled,
         MLP=plan.own > 0,
         OWN=plan.own,
+        DOWN_PARTS=plan.down_parts,
+        DOWN_WHOLE=plan.down_whole,
         BY_HEAD=plan.by_head,
         WHOLE=plan.whole,
         ENTRIES=plan.entries,
