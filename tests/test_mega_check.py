@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from finial.backends.cuda.mega import table
+from finial.backends.cuda.mega import room
 from finial.backends.cuda.mega.check import check
 from finial.backends.cuda.mega.layout import (
     ATTEND,
@@ -379,4 +379,4 @@ def test_a_finding_says_who_and_where() -> None:
 def test_shared_memory_that_is_too_small_is_refused() -> None:
     with pytest.raises(Unsuited, match="8 rows of 4,864 values take"):
         make_plan(REAL["Qwen3-4B"], rows=8, multiprocessors=132, shared=SHARED[86])
-    assert table.terms_of(5) == 3 and table.terms_of(6) == 2
+    assert room.terms_of(5) == 3 and room.terms_of(6) == 2

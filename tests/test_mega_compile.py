@@ -17,7 +17,7 @@ from cuda_twin import CXX, FLAGS, HERE
 from finial.backends.cuda import kernels
 from finial.backends.cuda.compiler import ARCHITECTURES, compile_kernels, usage
 from finial.backends.cuda.kernels import SOURCES, Kernel
-from finial.backends.cuda.mega import layout, table
+from finial.backends.cuda.mega import layout, room, table
 from finial.backends.cuda.mega.table import make_plan
 from test_mega_table import REAL, SHARED
 
@@ -72,7 +72,7 @@ def test_compiles_within_limits(capability: int) -> None:
         assert 0 < used.registers <= MOST_REGISTERS, used
         warps = -(-kernel.threads // 128) * 4
         assert used.registers * warps * 32 <= 65536
-        assert kernel.shared <= SHARED[capability] - table.RESERVED_SHARED
+        assert kernel.shared <= SHARED[capability] - room.RESERVED_SHARED
 
 
 @pytest.mark.skipif(CXX is None, reason="no g++ here")

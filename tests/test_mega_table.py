@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finial.backends.cuda.mega import layout, table
+from finial.backends.cuda.mega import layout, room
 from finial.backends.cuda.mega.layout import COUNT, FIRST, KIND, PRODUCTS, SIGNAL, STAGES, TARGET, WAIT
 from finial.backends.cuda.mega.shape import MegaShape, Recognised, Unsuited, recognise
 from finial.backends.cuda.mega.table import Plan, make_plan
@@ -170,7 +170,7 @@ def test_the_streams_are_the_matrices() -> None:
     made = make_plan(QWEN3, rows=1, multiprocessors=132, shared=SHARED[90])
     per_layer = (1024 * 4096 + 2048 * 1024 + 3 * 1024 * 3072) * 2
     assert made.stream_bytes().sum() == 28 * per_layer + 151936 * 1024 * 2
-    assert made.shared.total <= (227 << 10) - table.RESERVED_SHARED
+    assert made.shared.total <= (227 << 10) - room.RESERVED_SHARED
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 8])
@@ -186,7 +186,7 @@ def test_shared_memory_is_what_there_is(name: str, capability: int, rows: int) -
         widest = 2 * rows * max(shape.width, shape.heads * shape.head_dim) * 2
         assert widest > SHARED[capability] - (64 << 10), reason
         return
-    assert made.shared.total <= SHARED[capability] - table.RESERVED_SHARED
+    assert made.shared.total <= SHARED[capability] - room.RESERVED_SHARED
     assert made.terms in (2, 3) and made.terms * rows <= 16
     assert made.stages >= 3 and made.stage_units % made.warps == 0
     assert made.shared.ring == made.stages * made.stage_units * layout.UNIT_BYTES[shape.format]

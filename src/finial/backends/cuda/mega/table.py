@@ -71,16 +71,19 @@ from finial.backends.cuda.mega.layout import (
     k_units,
     octet_bytes,
     parts_of,
-    product_size,
+)
+from finial.backends.cuda.mega.room import (
+    LEAST_STAGES,
+    RESERVED_SHARED,
+    STAGE_BYTES,
+    SharedLayout,
+    most_k_of,
+    parts_of_down,
+    shared_layout,
+    terms_of,
 )
 from finial.backends.cuda.mega.shape import MegaShape, Unsuited
 
-STATE_SHARED = 4 << 10  # for barriers, rows and sums of squares, after everything else
-RESERVED_SHARED = 1 << 10  # of every block, by the system (CUDA C++ programming guide, from 8.0)
-STAGE_BYTES = 16 << 10  # about this much is copied at once
-LEAST_STAGES = 3
-MOST_DOWN_PARTS = 4
-LEAST_ELSE = 40 << 10  # of shared memory beside x: three small stages, sums of one row group, the table, the state
 # What a block reads of keys and values at most where it attends by itself: about what a split of at least 128 positions
 # reads and the wait that this saves takes to read, at 40 GB/s a multiprocessor from L2 (reckoned, not measured).
 WHOLE_BYTES = 128 << 10
@@ -170,32 +173,6 @@ class Plan:
         return ends
 
 
-@dataclass(frozen=True)
-class SharedLayout:
-    """Bytes of a block's dynamic shared memory, in this order.
-
-    `scratch` holds x and then sums during a product, and what attention and sampling need during those.
-    """
-
-    ring: int
-    x: int
-    sums: int
-    attend: int
-    sample: int
-    own: int
-    table: int
-
-    @property
-    def scratch(self) -> int:
-        """Of whichever phase needs most."""
-        return max(self.x + self.sums, self.attend, self.sample)
-
-    @property
-    def total(self) -> int:
-        """What the launch asks for."""
-        return self.ring + self.scratch + self.own + self.table + STATE_SHARED
-
-
 def make_plan(
     shape: MegaShape,
     *,
@@ -231,7 +208,7 @@ def make_plan(
     blocks = min(multiprocessors, groups_of(shape, HEAD))  # every block has rows of the head: see check.py
     heads, parts = heads_at_once(shape.cache, shape.group), parts_of(shape)
     splits = 1 if whole else split_count(rows * shape.kv_heads * parts, blocks)
-    down_parts = 1 if fused_mlp else down_parts or _down_parts(shape, by_head, shared)
+    down_parts = 1 if fused_mlp else down_parts or parts_of_down(shape, by_head, shared)
     down_whole = True
     builder = _Builder(shape, blocks, rows, parts, splits, sampled, fused_mlp, by_head, whole, down_parts)
     table, arrivals = builder.build(), builder.arrivals
@@ -241,8 +218,10 @@ def make_plan(
     terms, unit, wanted = terms_of(rows), UNIT_BYTES[shape.format], stage_bytes
     room = shared - RESERVED_SHARED
     while True:
-        most_k = _most_k(shape, octets, by_head, 1 if down_whole else down_parts)
-        layout = _shared(shape, rows, terms, warps, most_groups, heads, octets * ROWS, most_k, whole, table.shape[1])
+        most_k = most_k_of(shape, octets, by_head, 1 if down_whole else down_parts)
+        layout = shared_layout(
+            shape, rows, terms, warps, most_groups, heads, octets * ROWS, most_k, whole, table.shape[1]
+        )
         stage_units = max(warps, stage_bytes // unit // warps * warps)
         stages = (room - layout.total) // (stage_units * unit)
         if stages >= LEAST_STAGES:
@@ -276,28 +255,9 @@ def make_plan(
         table[down, STAGES] = -(-down_groups(shape) // at_once)
     waits = table[:, :, WAIT]
     table[:, :, TARGET] = np.where(waits >= 0, arrivals[waits], 0)
-    return Plan(
-        shape,
-        rows,
-        blocks,
-        warps,
-        terms,
-        stage_units,
-        stages,
-        most_groups,
-        splits,
-        heads,
-        parts,
-        octets * ROWS,
-        by_head,
-        whole,
-        down_parts,
-        down_whole,
-        sampled,
-        table,
-        arrivals,
-        layout,
-    )
+    attention, rest = (splits, heads, parts), (octets * ROWS, by_head, whole, down_parts, down_whole, sampled)
+    ring = (terms, stage_units, stages, most_groups)
+    return Plan(shape, rows, blocks, warps, *ring, *attention, *rest, table, arrivals, layout)
 
 
 def _units(shape: MegaShape, table: NDArray[np.int32], down_parts: int) -> NDArray[np.int64]:
@@ -314,24 +274,10 @@ def _units(shape: MegaShape, table: NDArray[np.int32], down_parts: int) -> NDArr
     return units
 
 
-def _down_parts(shape: MegaShape, by_head: bool, shared: int) -> int:
-    """As few as let a block have x of eight rows, or else of as many as can be; whatever the plan's rows are."""
-    for rows in (MOST_ROWS, 4, 2, 1):
-        for parts in range(1, MOST_DOWN_PARTS + 1):
-            if rows * terms_of(rows) * _most_k(shape, 0, by_head, parts) * 2 + LEAST_ELSE <= shared:
-                return parts
-    return 1
-
-
 def whole_positions(shape: MegaShape, rows: int) -> int:
     """How many positions of each row blocks attend to by themselves at most: `WHOLE_BYTES` of keys and values."""
     most = WHOLE_BYTES // (rows * 2 * kernels.cache_row_bytes(shape.cache, shape.head_dim))
     return 1 << 30 if shape.window is not None and shape.window <= most else most
-
-
-def terms_of(rows: int) -> int:
-    """bf16 terms of a value of x: three are float32 itself, two are within 2^-17; 16 rows of a tile hold them all."""
-    return 3 if rows * 3 <= 16 else 2
 
 
 def split_count(items: int, blocks: int) -> int:
@@ -340,50 +286,6 @@ def split_count(items: int, blocks: int) -> int:
     An entry costs about as much as a fiftieth of an item of typical depth, whatever its stretch.
     """
     return min(range(1, MOST_SPLITS + 1), key=lambda splits: -(-items * splits // blocks) * (1 / splits + 0.02))
-
-
-def _most_k(shape: MegaShape, own: int, by_head: bool, down_parts: int) -> int:
-    """Of the products whose x is that of all blocks."""
-    sizes = {kind: product_size(shape, kind)[1] for kind in PRODUCTS}
-    sizes[DOWN] = int(down_columns(shape, np.arange(down_parts), down_parts)[1].max())
-    if own:
-        del sizes[DOWN]
-    if by_head:
-        sizes[OUTPUT] = heads_at_once(shape.cache, shape.group) * shape.head_dim
-    return max(sizes.values())
-
-
-def _shared(
-    shape: MegaShape,
-    rows: int,
-    terms: int,
-    warps: int,
-    most_groups: int,
-    heads: int,
-    own: int,
-    most_k: int,
-    whole: bool,
-    entries: int,
-) -> SharedLayout:
-    """Without the ring."""
-    k = -(-most_k // 64) * 64 + 32  # see STRIDE in mega_parts.cuh
-    x = _aligned(rows * terms * k * 2)
-    d = -(-shape.head_dim // 16) * 16
-    return SharedLayout(
-        ring=0,
-        x=x,
-        sums=warps * most_groups * 16 * ROWS * 4,
-        # Queries and the new key and value, the rotation, and each warp's sums; beyond x where the result lies there.
-        attend=_aligned(((heads + 2) * d + d + warps * heads * (d + 2)) * 4) + (x if whole else 0),
-        # A histogram of 256, and two numbers of 8 bytes of each thread.
-        sample=_aligned(256 * 8 + warps * 32 * 16),
-        own=_aligned(rows * terms * (own + 8) * 2) if own else 0,
-        table=_aligned(entries * ENTRY * 4),
-    )
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // 128) * 128
 
 
 class _Builder:
