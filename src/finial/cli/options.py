@@ -67,7 +67,11 @@ NoCache = Annotated[
 ]
 MaxContext = Annotated[
     int | None,
-    typer.Option(min=1, help="Positions of prompt and text (default: the model's).", rich_help_panel=_RUNNING),
+    typer.Option(
+        min=1,
+        help="Positions of prompt and text (default: the model's, or what memory holds).",
+        rich_help_panel=_RUNNING,
+    ),
 ]
 KvFormat = Annotated[str, typer.Option(help="KV cache format: bf16, f32 or q8_0.", rich_help_panel=_RUNNING)]
 

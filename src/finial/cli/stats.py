@@ -161,7 +161,11 @@ def stats_page(stats: Stats) -> Page:
     page.row("peak", None if stats.peak_bytes is None else size(stats.peak_bytes), "of the process")
     page.row("weights", size(stats.weight_bytes), stats.format)
     per_token = f"{stats.kv_format} · {binary(stats.kv_bytes_per_token)} a token"
-    page.row("KV cache", size(stats.kv_bytes), per_token + ("" if stats.cache else " · not used (--no-cache)"))
+    if not stats.cache:
+        per_token += " · not used (--no-cache)"
+    elif stats.backend == "cpu":
+        per_token += " · room: memory is taken as positions are written"
+    page.row("KV cache", size(stats.kv_bytes), per_token)
     page.section("how")
     isa = [stats.isa] if stats.isa else []
     threads = [count(stats.threads, "thread")] if stats.threads else []
