@@ -23,7 +23,7 @@ import finial
 from finial import LLM, FinialError, SamplingParams
 from finial.engine.sampling import greedy, log_softmax
 from finial.errors import BackendError, ModelError, RequestError
-from finial.loading import size_cache
+from finial.loading import size_cache, trim_heap
 
 DEMO = Path(str(files("finial") / "demo"))
 PROMPT = "ROMEO:\nBut, soft! what light"
@@ -448,3 +448,16 @@ def test_a_reserved_cache_is_resident_before_anything_is_written() -> None:
     with LLM("demo", max_batch=32, reserve=True) as llm:
         taken = resident() - before
         assert taken - lazy > 0.7 * llm.info.kv_bytes  # a few large pages are taken in any case
+
+
+@pytest.mark.skipif(not hasattr(os, "confstr_names") or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="glibc's")
+def test_memory_that_was_freed_goes_back_to_the_system() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    held = [bytes(4096) for _ in range(16384)]  # 64 MiB in pieces of the C library's heap
+    del held[:-1]  # the last one keeps the heap from shrinking by itself
+    before = resident()
+    trim_heap()
+    assert before - resident() > 32 << 20
+    assert len(held) == 1

@@ -33,7 +33,7 @@ from finial.executor import compile_graph, device_memory
 from finial.files.checkpoint import GenerationDefaults, open_checkpoint
 from finial.files.hub import resolve
 from finial.files.text import Text
-from finial.loading import check_positive, free_memory, gigabytes, has_tokenizer, size_cache, weights_in
+from finial.loading import check_positive, free_memory, gigabytes, has_tokenizer, size_cache, trim_heap, weights_in
 from finial.models.decoder import build_graph, constants
 
 Prompt = str | Sequence[int]
@@ -145,6 +145,7 @@ class LLM:
         executable = compile_graph(graph, {**weights, **constants(config)}, backend, threads)
         self._executable = executable
         self._text = checkpoint.text() if has_tokenizer(checkpoint) else None
+        trim_heap()
         ends = (*checkpoint.generation.eos_ids, *(self._text.eos_ids if self._text is not None else ()))
         self._engine = Engine(
             executable,

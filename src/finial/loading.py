@@ -7,6 +7,8 @@ Knows checkpoints and this machine's memory; nothing of graphs, backends or requ
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import Any
 
 from finial.errors import ModelError, RequestError
@@ -94,6 +96,15 @@ def check_positive(**values: Any) -> None:
 def free_memory() -> int | None:
     """Bytes that a new allocation may take; None: this machine does not say."""
     return probe_memory(Sources()).available_bytes
+
+
+def trim_heap() -> None:
+    """Give back what the C library keeps of freed memory, where it is glibc, which can be asked to.
+
+    Making a tokenizer of 150,000 entries leaves it 90 MB in pieces that nobody asks for again.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def gigabytes(size: int) -> str:
