@@ -29,6 +29,8 @@
 // % of the peak.
 #include <math.h>
 
+#include <algorithm>
+
 #include "softmax.h"
 
 namespace finial::FINIAL_ISA {
@@ -57,16 +59,23 @@ int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 FINIAL_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
-// scores[m][k] = q[m] . keys[k] for M queries and a block of keys; q [pairs][M][2]. `next`: what is read next.
+// Many queries read the same chunk again and again from the second-level cache: each asks for what lies this far on.
+constexpr int WIDE_FROM = 9;
+constexpr int64_t AHEAD = 2048;
+FINIAL_INLINE void prefetch_near(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
+
+// scores[m][k] = q[m] . keys[k] for M queries and a block of keys; q [pairs][M][2]. `next`: what is read later.
 template <int M, bool FETCH>
 void dots(const uint8_t* FINIAL_RESTRICT keys, const uint32_t* FINIAL_RESTRICT q, int64_t pairs,
           float* FINIAL_RESTRICT scores, const uint8_t* FINIAL_RESTRICT next) {
   V acc[M][KEYS];
   for (int m = 0; m < M; ++m)
     for (int k = 0; k < KEYS; ++k) acc[m][k] = zero();
+#pragma GCC unroll 4
   for (int64_t i = 0; i < pairs; ++i, keys += CACHE_BLOCK * 4, q += M, next += CACHE_BLOCK * 4) {
     I key[KEYS];
     if (FETCH) prefetch(next), prefetch(next + 64);
+    if (M >= WIDE_FROM) prefetch_near(keys + AHEAD), prefetch_near(keys + AHEAD + 64);
     for (int k = 0; k < KEYS; ++k) key[k] = load_i(keys + k * W * 4);
     for (int m = 0; m < M; ++m) {
       const I pair = broadcast(q + m);
@@ -136,22 +145,69 @@ constexpr Mix NARROW[FEW][SLICE] = {{mix<1, 1, FETCH>, mix<1, 2, FETCH>, mix<1, 
                                      mix<2, 5, FETCH>, mix<2, 6, FETCH>, mix<2, 7, FETCH>, mix<2, 8, FETCH>},
                                     {mix<3, 1, FETCH>, mix<3, 2, FETCH>, mix<3, 3, FETCH>, mix<3, 4, FETCH>,
                                      mix<3, 5, FETCH>, mix<3, 6, FETCH>, mix<3, 7, FETCH>, mix<3, 8, FETCH>}};
-constexpr int WIDE_FROM = 9;
-constexpr Mix WIDE[MOST - WIDE_FROM + 1][2] = {{mix<9, 1, false>, mix<9, 2, false>},
-                                               {mix<10, 1, false>, mix<10, 2, false>},
-                                               {mix<11, 1, false>, mix<11, 2, false>},
-                                               {mix<12, 1, false>, mix<12, 2, false>}};
+
+// How the values of a chunk that all queries see whole join those of the chunks before: out = out keep + values take.
+struct Joining {
+  float keep[W], take[W];
+};
+
+// The same for many queries and `pairs` pairs in one run of memory; from nothing if FRESH, joined to what is there if
+// `joining` is not null.
+template <int M, int N, bool FRESH>
+void mix_wide(const float* FINIAL_RESTRICT weights, const uint8_t* FINIAL_RESTRICT value, int64_t row, int64_t pairs,
+              float* FINIAL_RESTRICT out, int64_t stride, const Joining* joining) {
+  V acc[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < N; ++v) acc[m][v] = FRESH ? zero() : load(out + m * stride + v * W);
+  for (int64_t i = 0; i < pairs; ++i, value += row) {
+    I pair[N];
+    for (int v = 0; v < N; ++v) pair[v] = load_i(value + v * W * 4);
+    for (int m = 0; m < M; ++m) {
+      const I weight = broadcast(weights + m * LINE + i);
+      for (int v = 0; v < N; ++v) acc[m][v] = dot_bf16(acc[m][v], pair[v], weight);
+    }
+  }
+  if (joining == nullptr) {
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < N; ++v) store(out + m * stride + v * W, acc[m][v]);
+    return;
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < N; ++v) {
+      float* y = out + m * stride + v * W;
+      store(y, fma(acc[m][v], set1(joining->take[m]), mul(load(y), set1(joining->keep[m]))));
+    }
+}
+
+using Wide = void (*)(const float*, const uint8_t*, int64_t, int64_t, float*, int64_t, const Joining*);
+template <bool FRESH>
+constexpr Wide WIDE[MOST - WIDE_FROM + 1][2] = {{mix_wide<9, 1, FRESH>, mix_wide<9, 2, FRESH>},
+                                                {mix_wide<10, 1, FRESH>, mix_wide<10, 2, FRESH>},
+                                                {mix_wide<11, 1, FRESH>, mix_wide<11, 2, FRESH>},
+                                                {mix_wide<12, 1, FRESH>, mix_wide<12, 2, FRESH>}};
+
+// Slices of two vectors over pairs [from, to), from the second-level cache. What is joined must be one run of memory.
+void mix_all(const float* weights, const Values& values, int64_t count, int64_t from, int64_t to, float* out,
+             int64_t stride, bool fresh, const Joining* joining) {
+  const int64_t vectors = values.width / W, row = values.width * 4;
+  for (int64_t end; from < to; from = end, fresh = false) {
+    int64_t block = from / PAIRS;
+    const uint8_t* value = values.blocks[block] + from % PAIRS * row;
+    while (++block * PAIRS < to && values.blocks[block] == values.blocks[block - 1] + PAIRS * row) {
+    }
+    end = least(to, block * PAIRS);
+    for (int64_t v = 0; v < vectors; v += 2)
+      (fresh ? WIDE<true> : WIDE<false>)[count -
+          WIDE_FROM][vectors - v > 1](weights + from, value + v* W* 4, row, end - from, out + v* W, stride, joining);
+  }
+}
 
 // Whole pairs [from, to) for `count` queries. Many: slices of two vectors over all of them, from the second-level
 // cache. Few: whole values, so that memory is read in order; block by block if that takes more than one go.
 void mix_pairs(const float* weights, const Values& values, int64_t count, int64_t from, int64_t to, float* out,
                int64_t stride, bool fetch) {
   const int64_t vectors = values.width / W;
-  if (count >= WIDE_FROM) {
-    for (int64_t v = 0; v < vectors; v += 2)
-      WIDE[count - WIDE_FROM][vectors - v > 1](weights, values, from, to, v * W, out, stride);
-    return;
-  }
+  if (count >= WIDE_FROM) return mix_all(weights, values, count, from, to, out, stride, false, nullptr);
   const int64_t turns = (count + FEW - 1) / FEW;
   for (int64_t end; from < to; from = end) {
     const int64_t block = from / PAIRS;
@@ -190,24 +246,32 @@ void mix_span(const float* weights, const Values& values, int64_t count, Span sp
   if (span.to % 2 != 0) mix_half(weights, values, count, span.to - 1, out, stride);
 }
 
-// A query's scores of a span, to weights in pairs of bf16, in place; the rest of the blocks that it touches becomes 0.
-Softmax soften(float* scores, const Span& span) {
-  const int64_t from = span.from / CACHE_BLOCK * CACHE_BLOCK;
-  const int64_t to = (span.to + CACHE_BLOCK - 1) / CACHE_BLOCK * CACHE_BLOCK;
-  for (int64_t i = from; i < span.from; ++i) scores[i] = -HUGE_VALF;
-  for (int64_t i = span.to; i < to; ++i) scores[i] = -HUGE_VALF;
-  V top = load(scores + from), second = load(scores + from + W);
-  for (int64_t i = from + CACHE_BLOCK; i < to; i += CACHE_BLOCK)
+// The blocks that a span touches, as positions.
+Span blocks_of(const Span& span) {
+  return {span.from / CACHE_BLOCK * CACHE_BLOCK, (span.to + CACHE_BLOCK - 1) / CACHE_BLOCK * CACHE_BLOCK};
+}
+
+// A query's largest score of a span; the rest of the blocks that it touches becomes as small as can be.
+float highest(float* scores, const Span& span) {
+  const Span all = blocks_of(span);
+  for (int64_t i = all.from; i < span.from; ++i) scores[i] = -HUGE_VALF;
+  for (int64_t i = span.to; i < all.to; ++i) scores[i] = -HUGE_VALF;
+  V top = load(scores + all.from), second = load(scores + all.from + W);
+  for (int64_t i = all.from + CACHE_BLOCK; i < all.to; i += CACHE_BLOCK)
     top = max(top, load(scores + i)), second = max(second, load(scores + i + W));
-  const float best = largest(max(top, second));
+  return largest(max(top, second));
+}
+
+// Its scores of these blocks, to weights in pairs of bf16, in place; their sum.
+float soften(float* scores, const Span& blocks, float best) {
   const V highest = set1(best);
   V sums = zero();
-  for (int64_t i = from; i < to; i += CACHE_BLOCK) {
+  for (int64_t i = blocks.from; i < blocks.to; i += CACHE_BLOCK) {
     V a = power_of_two(sub(load(scores + i), highest)), b = power_of_two(sub(load(scores + i + W), highest));
     store_bf16_pairs(scores + i / 2, a, b);  // behind what is still to be read
     sums = add(sums, add(a, b));
   }
-  return {best * LN_2, sum(sums)};
+  return sum(sums);
 }
 
 // What a thread needs beside the cache, for pieces of `queries`.
@@ -243,24 +307,38 @@ struct Room {
   }
 };
 
-// A tile's queries, scaled and rounded.
-void round_queries(const Attention& a, const AttentionPiece& piece, int64_t first, int64_t count, const Room& room) {
-  const int64_t n = a.cache.head_dim;
+struct Tile {  // queries of a piece
+  int64_t begin, end;
+};
+
+// A tile's queries, scaled and rounded; the next one's are asked for.
+void round_queries(const Attention& a, const AttentionPiece& piece, const Tile& tile, const Room& room) {
+  const int64_t n = a.cache.head_dim, count = tile.end - tile.begin, queries = piece.rows * a.group;
   const V scale = set1(a.scale * LOG2_E);
-  for (int64_t m = 0; m < count; ++m) {
-    const float* from = a.q + place(a, piece, first + m);
-    uint32_t* to = room.q + first * room.pairs + m;
-    for (int64_t d = 0; d < n; d += 2 * W) {
+  for (int64_t j = tile.end; j < least(tile.end + count, queries); ++j)
+    for (int64_t d = 0; d < n; d += W) __builtin_prefetch(a.q + place(a, piece, j) + d);
+  uint32_t* to = room.q + tile.begin * room.pairs;
+  int64_t d = 0;
+  for (; count >= 4 && d + 2 * W <= n; d += 2 * W, to += W * count)
+    for (int64_t m = 0; m < count; m += 4) {
+      const int64_t at = least(m, count - 4);
+      const auto pairs = [&](int64_t i) {
+        const float* from = a.q + place(a, piece, tile.begin + at + i) + d;
+        return bf16_pairs(mul(load(from), scale), mul(load(from + W), scale));
+      };
+      store_four(to + at, count, pairs(0), pairs(1), pairs(2), pairs(3));
+    }
+  for (; d < n; d += 2 * W, to += W * count)
+    for (int64_t m = 0; m < count; ++m) {
+      const float* from = a.q + place(a, piece, tile.begin + m);
       const auto part = [&](int64_t at) {
         return at >= n ? zero() : n - at < W ? load_n(from + at, n - at) : load(from + at);
       };
-      V low = mul(part(d), scale), high = mul(part(d + W), scale);
       uint32_t words[W];
-      store_bf16_pairs(words, low, high);
+      store_i(words, bf16_pairs(mul(part(d), scale), mul(part(d + W), scale)));
       const int64_t size = least(W, room.pairs - d / 2);
-      for (int64_t i = 0; i < size; ++i) to[(d / 2 + i) * count] = words[i];
+      for (int64_t i = 0; i < size; ++i) to[i * count + m] = words[i];
     }
-  }
 }
 
 // Where blocks [from, to) of a chunk lie; a cache of rows is rearranged: positions [low, high), the rest is anything.
@@ -301,6 +379,105 @@ void locate(const Attention& a, const AttentionPiece& piece, int64_t base, int64
   }
 }
 
+// The scores of a chunk's keys for a tile. The first of many asks meanwhile for the values, which all will read.
+void score(const Room& room, const Tile& tile, bool first) {
+  const int64_t count = tile.end - tile.begin;
+  int64_t from = ATTENTION_CHUNK, to = 0;
+  for (int64_t j = tile.begin; j < tile.end; ++j)
+    if (room.spans[j].to > 0) from = least(from, room.spans[j].from), to = most(to, room.spans[j].to);
+  for (int64_t b = from / CACHE_BLOCK; b * CACHE_BLOCK < to; ++b) {
+    const bool wide = count >= WIDE_FROM, fetch = first && (wide || apart(room.keys, b, room.pairs));
+    (fetch ? DOTS<true> : DOTS<false>)[count](room.keys[b], room.q + tile.begin* room.pairs, room.pairs,
+                                              room.scores + tile.begin* LINE + b* CACHE_BLOCK,
+                                              wide ? room.values[b] : room.keys[b + 1]);
+  }
+}
+
+// A tile's scores to weights. Meanwhile it asks for where its results will go, if these are the last.
+void weigh(const Attention& a, const AttentionPiece& piece, const Room& room, const Tile& tile, bool last) {
+  for (int64_t j = tile.begin; j < tile.end; ++j) {
+    room.fresh[j] = {0, 0};
+    if (room.spans[j].to > 0) room.fresh[j].best = highest(room.scores + j * LINE, room.spans[j]);
+  }
+  for (int64_t j = tile.begin; j < tile.end; ++j) {
+    const float* out = a.out + place(a, piece, j);
+    for (int64_t d = 0; last && d < a.cache.head_dim; d += W) __builtin_prefetch(out + d, 1);
+    if (room.spans[j].to == 0) continue;
+    const float best = room.fresh[j].best;
+    room.fresh[j] = {best * LN_2, soften(room.scores + j * LINE, blocks_of(room.spans[j]), best)};
+  }
+}
+
+// What every query of a tile sees goes together; what only some see goes row by row.
+void mix_tile(const Room& room, const Values& values, const Tile& tile, int64_t group, bool first, float* out) {
+  Span common{0, ATTENTION_CHUNK};
+  for (int64_t j = tile.begin; j < tile.end; ++j)
+    common = {most(common.from, room.spans[j].from), least(common.to, room.spans[j].to)};
+  common = {(common.from + 1) / 2 * 2, common.to / 2 * 2};
+  const auto rows = [&](auto part) {
+    for (int64_t m = tile.begin, to; m < tile.end; m = to) {
+      for (to = m + 1; to < tile.end && to % group > 0;) ++to;
+      mix_span(room.scores + m * LINE, values, to - m, part(room.spans[m]), out + (m - tile.begin) * room.stride,
+               room.stride, first);
+    }
+  };
+  if (common.from >= common.to) return rows([](Span s) { return s; });
+  rows([&](Span s) { return Span{s.from, common.from}; });
+  mix_pairs(room.scores + tile.begin * LINE, values, tile.end - tile.begin, common.from / 2, common.to / 2, out,
+            room.stride, first);
+  rows([&](Span s) { return Span{common.to, s.to}; });
+}
+
+// Merges the softmax of a tile's queries, as `merge` does.
+Joining join(Softmax* state, const Softmax* fresh, int64_t count) {
+  Joining joining;
+  float old[W] = {}, more[W] = {}, weights[W] = {}, added[W] = {};
+  for (int64_t m = 0; m < count; ++m) {
+    const float best = fresh[m].best > state[m].best ? fresh[m].best : state[m].best;
+    old[m] = state[m].best - best, more[m] = fresh[m].best - best;
+    weights[m] = state[m].weight, added[m] = fresh[m].weight;
+    state[m].best = best;
+  }
+  const V keep = exp(load(old)), take = exp(load(more));
+  store(joining.keep, keep), store(joining.take, take);
+  store(weights, fma(load(added), take, mul(load(weights), keep)));
+  for (int64_t m = 0; m < count; ++m) state[m].weight = weights[m];
+  return joining;
+}
+
+// The values of a chunk for a tile, joined to what the chunks before gave, or left to be merged.
+void gather(const Room& room, const Tile& tile, int64_t group, bool first, float* left) {
+  const Values values{room.values, room.width};
+  const int64_t count = tile.end - tile.begin;
+  const float* weights = room.scores + tile.begin * LINE;
+  Softmax *state = room.state + tile.begin, *fresh = room.fresh + tile.begin;
+  int64_t whole = 0, merged = 0;  // queries that see all of the chunk, that have seen others
+  for (int64_t m = 0; m < count; ++m) {
+    const Span& span = room.spans[tile.begin + m];
+    whole += span.from == 0 && span.to == ATTENTION_CHUNK, merged += state[m].weight != 0;
+  }
+  float* sums = left != nullptr ? left + tile.begin * room.stride : room.sums + tile.begin * room.stride;
+  const bool run = values.blocks[BLOCKS - 1] == values.blocks[0] + (BLOCKS - 1) * PAIRS * values.width * 4;
+  if (count >= WIDE_FROM && whole == count && (merged == 0 || (merged == count && run))) {
+    const Joining joining = merged > 0 ? join(state, fresh, count) : Joining{};
+    mix_all(weights, values, count, 0, ATTENTION_CHUNK / 2, sums, room.stride, true, merged > 0 ? &joining : nullptr);
+    if (merged == 0 && left == nullptr) std::copy(fresh, fresh + count, state);
+  } else {
+    float* out = merged == 0 ? sums : room.added;
+    for (int64_t m = 0; m < count; ++m)
+      for (int64_t d = 0; d < room.width; d += W) store(out + m * room.stride + d, zero());
+    mix_tile(room, values, tile, group, first, out);
+    for (int64_t m = 0; m < count && left == nullptr; ++m) {
+      if (merged > 0)
+        merge(state[m], sums + m * room.stride, fresh[m], out + m * room.stride, room.width);
+      else
+        state[m] = fresh[m];
+    }
+  }
+  for (int64_t m = 0; m < count && left != nullptr; ++m)
+    std::memcpy(sums + m * room.stride + room.width, &fresh[m], sizeof(Softmax));
+}
+
 void finish(const Softmax& s, const float* sums, int64_t n, float* out) {
   const V weight = set1(s.weight);
   for (int64_t d = 0; d < n; d += W) {
@@ -318,8 +495,7 @@ int64_t attention_bf16_partial(int64_t head_dim) { return padded(head_dim) + W; 
 void attention_bf16(const Attention& a, const AttentionPiece& piece, float* partial, float* scratch) {
   const int64_t queries = piece.rows * a.group, tiles = (queries + MOST - 1) / MOST;
   Room room(a.cache.head_dim, queries, scratch);
-  const auto first_of = [&](int64_t tile) { return queries * tile / tiles; };
-  for (int64_t t = 0; t < tiles; ++t) round_queries(a, piece, first_of(t), first_of(t + 1) - first_of(t), room);
+  for (int64_t t = 0; t < tiles; ++t) round_queries(a, piece, {queries * t / tiles, queries * (t + 1) / tiles}, room);
   for (int64_t j = 0; j < queries; ++j) room.state[j] = {0, 0};
   for (int64_t chunk = piece.begin; chunk < piece.end; ++chunk) {
     const int64_t base = chunk * ATTENTION_CHUNK;
@@ -327,71 +503,19 @@ void attention_bf16(const Attention& a, const AttentionPiece& piece, float* part
     for (int64_t j = 0; j < queries; ++j) {
       room.spans[j] = j % a.group > 0 ? room.spans[j - 1] : span_of(a, piece.row + j / a.group, base);
       if (room.spans[j].to > 0) low = least(low, room.spans[j].from), high = most(high, room.spans[j].to);
-      room.fresh[j] = {0, 0};
     }
-    const auto target = [&](int64_t j) {
-      if (partial != nullptr) return partial + ((chunk - piece.begin) * queries + j) * room.stride;
-      return (room.state[j].weight == 0 ? room.sums : room.added) + j * room.stride;
-    };
     if (low < high) locate(a, piece, base, low, high, chunk + 1 < piece.end && high == ATTENTION_CHUNK, room);
-    for (int64_t b = low / CACHE_BLOCK; b * CACHE_BLOCK < high; ++b)
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t j = first_of(t), count = first_of(t + 1) - j;
-        int64_t from = ATTENTION_CHUNK, to = 0;
-        for (int64_t m = j; m < j + count; ++m)
-          if (room.spans[m].to > 0) from = least(from, room.spans[m].from), to = most(to, room.spans[m].to);
-        if (from < (b + 1) * CACHE_BLOCK && to > b * CACHE_BLOCK)
-          (t == 0 && apart(room.keys, b, room.pairs) ? DOTS<true> : DOTS<false>)[count](
-              room.keys[b], room.q + j* room.pairs, room.pairs, room.scores + j* LINE + b* CACHE_BLOCK,
-              room.keys[b + 1]);
-      }
-    for (int64_t j = 0; j < queries; ++j)
-      if (room.spans[j].to > 0) {
-        room.fresh[j] = soften(room.scores + j * LINE, room.spans[j]);
-        for (int64_t d = 0; d < room.width; d += W) store(target(j) + d, zero());
-      }
-    const Values values{room.values, room.width};
+    float* left = partial != nullptr ? partial + (chunk - piece.begin) * queries * room.stride : nullptr;
+    const bool last = partial == nullptr && chunk + 1 == piece.end;
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t end = first_of(t + 1);
-      const bool first = t == 0;
-      // What all of the tile's queries see goes together; what only some see goes row by row.
-      for (int64_t j = first_of(t), next; j < end; j = next) {
-        // Queries whose sums lie side by side: those that have merged a chunk before and those that have not.
-        const bool merged = partial == nullptr && room.state[j].weight != 0;
-        for (next = j + 1; next < end && (partial != nullptr || (room.state[next].weight != 0) == merged);) ++next;
-        Span common{0, ATTENTION_CHUNK};
-        for (int64_t m = j; m < next; ++m)
-          common = {most(common.from, room.spans[m].from), least(common.to, room.spans[m].to)};
-        common = {(common.from + 1) / 2 * 2, common.to / 2 * 2};
-        const bool shared = common.from < common.to;
-        const auto rows = [&](auto part) {
-          for (int64_t m = j, to; m < next; m = to) {
-            for (to = m + 1; to < next && to % a.group > 0;) ++to;
-            mix_span(room.scores + m * LINE, values, to - m, part(room.spans[m]), target(m), room.stride, first);
-          }
-        };
-        if (!shared) {
-          rows([](Span s) { return s; });
-          continue;
-        }
-        rows([&](Span s) { return Span{s.from, common.from}; });
-        mix_pairs(room.scores + j * LINE, values, next - j, common.from / 2, common.to / 2, target(j), room.stride,
-                  first);
-        rows([&](Span s) { return Span{common.to, s.to}; });
-      }
-    }
-    for (int64_t j = 0; j < queries; ++j) {
-      if (partial != nullptr)
-        std::memcpy(target(j) + room.width, &room.fresh[j], sizeof(Softmax));
-      else if (room.state[j].weight == 0)
-        room.state[j] = room.fresh[j];
-      else
-        merge(room.state[j], room.sums + j * room.stride, room.fresh[j], room.added + j * room.stride, room.width);
+      const Tile tile{queries * t / tiles, queries * (t + 1) / tiles};
+      score(room, tile, t == 0);
+      weigh(a, piece, room, tile, last);
+      gather(room, tile, a.group, t == 0, left);
+      for (int64_t j = tile.begin; last && j < tile.end; ++j)
+        finish(room.state[j], room.sums + j * room.stride, a.cache.head_dim, a.out + place(a, piece, j));
     }
   }
-  if (partial != nullptr) return;
-  for (int64_t j = 0; j < queries; ++j)
-    finish(room.state[j], room.sums + j * room.stride, a.cache.head_dim, a.out + place(a, piece, j));
 }
 
 void attention_bf16_merge(const Attention& a, const AttentionPiece& piece, const float* partial, float* scratch) {

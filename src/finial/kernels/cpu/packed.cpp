@@ -95,10 +95,6 @@ namespace {
 FINIAL_INLINE void meet(const Linear& l, int64_t panel, const Product& p, const Target& target, float* c) {
   const uint8_t* w = l.packed + panel * l.stride;
   switch (l.format) {
-#if defined(FINIAL_PACKS_BF16)
-    case Format::BF16:
-      return tiles_bf16(w, p.x, p.rows, p.begin, p.end, l.n_in, target, c);
-#endif
     case Format::Q8_0:
       return tiles_int8<Q8>(w, p.x, p.rows, p.begin, p.end, l.n_in / 32, target, c);
     case Format::Q4_0:
@@ -131,6 +127,41 @@ void finish(const Product& p, int64_t panel, int64_t row, int64_t rows, const fl
     }
   }
 }
+
+#if defined(FINIAL_PACKS_BF16)
+
+// Every tile of rows is finished as soon as it has met its panel, or both: its results leave while the next are
+// computed.
+void multiply_bf16(const Product& p, int64_t begin, int64_t end) {
+  alignas(64) float first[TILE * PANEL], second[TILE * PANEL];
+  const int64_t n_in = p.first->n_in, row = rounded_bytes(Rounding::BF16, n_in),
+                panels = (p.first->n_out + PANEL - 1) / PANEL;
+  const int64_t count = p.end - p.begin,
+                bytes = p.second != nullptr ? p.first->stride : panel_bytes(Format::BF16, n_in);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const uint8_t* w = p.first->packed + panel * p.first->stride;
+    const uint8_t* next = w + p.first->stride;
+    const bool more = count > 1 && panel + 1 < panels;
+    for (int64_t i = 0; i < count; ++i) {
+      const Tile t = tile_of(p.rows, p.begin + i);
+      const uint8_t* x = p.x + t.first * row;
+      if (p.rows > TILE) expect({p.y + t.first * p.first->n_out + panel * PANEL, p.first->n_out}, 0, t.count);
+      const auto part = [&](int64_t at, int64_t of) {
+        return more ? Soon{next + bytes * at / of / 64 * 64, next + bytes * (at + 1) / of / 64 * 64}
+                    : Soon{nullptr, nullptr};
+      };
+      if (p.second == nullptr) {
+        TILES_BF16[t.count](w, x, n_in, first, part(i, count));
+      } else {
+        TILES_BF16[t.count](w, x, n_in, first, part(2 * i, 2 * count));
+        TILES_BF16[t.count](p.second->packed + panel * p.second->stride, x, n_in, second, part(2 * i + 1, 2 * count));
+      }
+      finish(p, panel, t.first, t.count, first, second);
+    }
+  }
+}
+
+#endif
 
 }  // namespace
 
@@ -179,6 +210,9 @@ void round_tile(Rounding rounding, const float* x, int64_t n_in, int64_t rows, u
 }
 
 void multiply(const Product& p, int64_t begin, int64_t end) {
+#if defined(FINIAL_PACKS_BF16)
+  if (p.first->format == Format::BF16) return multiply_bf16(p, begin, end);
+#endif
   alignas(64) float first[GROUP * TILE * PANEL], second[GROUP * TILE * PANEL];
   const int64_t row = tile_of(p.rows, p.begin).first,
                 past = p.end < tiles(p.rows) ? tile_of(p.rows, p.end).first : p.rows;

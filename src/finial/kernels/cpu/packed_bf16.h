@@ -9,41 +9,43 @@ namespace finial::FINIAL_ISA {
 
 namespace {
 
+// c [M, PANEL] = a panel times a tile's rows. Meanwhile it asks for `ahead`, a little every AT_ONCE pairs.
 template <int M>
 void tile_bf16(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT x, int64_t n_in,
-               float* FINIAL_RESTRICT c) {
+               float* FINIAL_RESTRICT c, Soon ahead) {
   V acc[M][PANEL_VECTORS];
   for (int r = 0; r < M; ++r)
     for (int v = 0; v < PANEL_VECTORS; ++v) acc[r][v] = zero();
-  for (int64_t k = 0; k < n_in; k += 2, w += PANEL * 4, x += 4 * M) {
+  const auto pair = [&] {
     I weight[PANEL_VECTORS];
     if (M >= 6) prefetch(w + AHEAD / 2, PANEL * 4);
     for (int v = 0; v < PANEL_VECTORS; ++v) weight[v] = load_i(w + v * W * 4);
     for (int r = 0; r < M; ++r) {
-      const I pair = broadcast(x + 4 * r);
-      for (int v = 0; v < PANEL_VECTORS; ++v) acc[r][v] = dot_bf16(acc[r][v], weight[v], pair);
+      const I two = broadcast(x + 4 * r);
+      for (int v = 0; v < PANEL_VECTORS; ++v) acc[r][v] = dot_bf16(acc[r][v], weight[v], two);
     }
+    w += PANEL * 4, x += 4 * M;
+  };
+  int64_t k = 0;
+  if constexpr (M >= 6) {
+    constexpr int64_t AT_ONCE = 8;
+    const int64_t turns = (n_in + 1) / 2 / AT_ONCE, lines = (ahead.end - ahead.begin + 63) / 64;
+    const int64_t some = turns > 0 ? (lines + turns - 1) / turns : 0;
+    for (int64_t turn = 0; turn < turns; ++turn) {
+      for (int64_t i = 0; i < some; ++i, ahead.begin += 64) __builtin_prefetch(ahead.begin, 0, 2);
+      for (int i = 0; i < AT_ONCE; ++i) pair();
+    }
+    k = turns * 2 * AT_ONCE;
   }
+  for (; k < n_in; k += 2) pair();
   for (int r = 0; r < M; ++r)
     for (int v = 0; v < PANEL_VECTORS; ++v) store(c + r * PANEL + v * W, acc[r][v]);
 }
 
-using TileBF16 = void (*)(const uint8_t*, const uint8_t*, int64_t, float*);
+using TileBF16 = void (*)(const uint8_t*, const uint8_t*, int64_t, float*, Soon);
 constexpr TileBF16 TILES_BF16[TILE + 1] = {nullptr,       tile_bf16<1>,  tile_bf16<2>, tile_bf16<3>, tile_bf16<4>,
                                            tile_bf16<5>,  tile_bf16<6>,  tile_bf16<7>, tile_bf16<8>, tile_bf16<9>,
                                            tile_bf16<10>, tile_bf16<11>, tile_bf16<12>};
-
-// c [rows of the tiles, PANEL] = a panel times tiles [begin, end) of `rows` rounded rows at x.
-void tiles_bf16(const uint8_t* w, const uint8_t* x, int64_t rows, int64_t begin, int64_t end, int64_t n_in,
-                const Target& target, float* c) {
-  int64_t done = 0;
-  for (int64_t i = begin; i < end; ++i) {
-    const Tile t = tile_of(rows, i);
-    if (rows > TILE) expect(target, done, done + t.count);
-    TILES_BF16[t.count](w, x + t.first * rounded_bytes(Rounding::BF16, n_in), n_in, c + done * PANEL);
-    done += t.count;
-  }
-}
 
 // Row `row` of a tile from input `from` on.
 void round_row_bf16(const float* x, int64_t n_in, int64_t from, int64_t row, int64_t rows, uint8_t* tile) {
@@ -55,26 +57,6 @@ void round_row_bf16(const float* x, int64_t n_in, int64_t from, int64_t row, int
   }
 }
 
-// Four rows, 32 inputs: 16 pairs each, turned so that a pair's four rows are neighbours. The conversion makes zeros of
-// subnormals, as the product does anyway.
-FINIAL_INLINE void round_four(const float* x, int64_t n_in, int64_t rows, uint8_t* out) {
-  const auto pairs = [&](int64_t row) {
-    return (I)_mm512_cvtne2ps_pbh(load(x + row * n_in + W), load(x + row * n_in));
-  };
-  const I a = pairs(0), b = pairs(1), c = pairs(2), d = pairs(3);
-  const I ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d);
-  const I ab2 = _mm512_unpackhi_epi32(a, b), cd2 = _mm512_unpackhi_epi32(c, d);
-  const I turned[4] = {_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd), _mm512_unpacklo_epi64(ab2, cd2),
-                       _mm512_unpackhi_epi64(ab2, cd2)};  // of each quarter, its pair 0 to 3
-  for (int i = 0; i < 4; ++i, out += rows * 4) {
-    const auto to = [&](int quarter) { return reinterpret_cast<__m128i*>(out + quarter * rows * 16); };
-    _mm_storeu_si128(to(0), _mm512_castsi512_si128(turned[i]));
-    _mm_storeu_si128(to(1), _mm512_extracti32x4_epi32(turned[i], 1));
-    _mm_storeu_si128(to(2), _mm512_extracti32x4_epi32(turned[i], 2));
-    _mm_storeu_si128(to(3), _mm512_extracti32x4_epi32(turned[i], 3));
-  }
-}
-
 void round_bf16(const float* x, int64_t n_in, int64_t rows, uint8_t* tile) {
   int64_t k = 0;
   if (rows == 1)
@@ -83,7 +65,12 @@ void round_bf16(const float* x, int64_t n_in, int64_t rows, uint8_t* tile) {
     for (; k + 2 * W <= n_in; k += 2 * W)
       for (int64_t row = 0; row < rows; row += 4) {
         const int64_t first = row + 4 <= rows ? row : rows - 4;
-        round_four(x + first * n_in + k, n_in, rows, tile + (k / 2 * rows + first) * 4);
+        const auto pairs = [&](int64_t i) {
+          const float* from = x + (first + i) * n_in + k;
+          return bf16_pairs(load(from), load(from + W));
+        };
+        store_four(reinterpret_cast<uint32_t*>(tile) + k / 2 * rows + first, rows, pairs(0), pairs(1), pairs(2),
+                   pairs(3));
       }
   for (int64_t row = 0; row < rows; ++row) round_row_bf16(x + row * n_in, n_in, k, row, rows, tile);
 }

@@ -28,6 +28,11 @@ FINIAL_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
 #endif
 }
 
+// Memory that is read soon and asked for meanwhile.
+struct Soon {
+  const uint8_t *begin, *end;
+};
+
 // Where the results of a panel will go, rows `stride` apart: asked for while they are computed, for a matrix of results
 // is too large for the second-level cache and each line of it is written once.
 struct Target {

@@ -179,10 +179,28 @@ FINIAL_INLINE I reduce_each(const I (&a)[W], F f) {
 // acc + both products of each pair; subnormals count as zero, each step rounds to nearest even.
 FINIAL_INLINE V dot_bf16(V acc, I w, I x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
 
+// 32 floats to pairs of bf16, nearest even; subnormals become zero, as they count in products anyway.
+FINIAL_INLINE I bf16_pairs(V a, V b) { return (I)_mm512_cvtne2ps_pbh(b, a); }
+// Sixteen words of each of four rows to [word][rows]: words of four neighbouring rows, `rows` of them from one to the
+// next.
+FINIAL_INLINE void store_four(uint32_t* out, int64_t rows, I a, I b, I c, I d) {
+  const I ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d);
+  const I ab2 = _mm512_unpackhi_epi32(a, b), cd2 = _mm512_unpackhi_epi32(c, d);
+  const I turned[4] = {_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd), _mm512_unpacklo_epi64(ab2, cd2),
+                       _mm512_unpackhi_epi64(ab2, cd2)};  // of each quarter, its word 0 to 3
+  for (int i = 0; i < 4; ++i, out += rows) {
+    const auto to = [&](int quarter) { return reinterpret_cast<__m128i*>(out + quarter * rows * 4); };
+    _mm_storeu_si128(to(0), _mm512_castsi512_si128(turned[i]));
+    _mm_storeu_si128(to(1), _mm512_extracti32x4_epi32(turned[i], 1));
+    _mm_storeu_si128(to(2), _mm512_extracti32x4_epi32(turned[i], 2));
+    _mm_storeu_si128(to(3), _mm512_extracti32x4_epi32(turned[i], 3));
+  }
+}
+
 // Attention with rounded queries and weights. Subnormals count as zero.
-// 32 floats to pairs of bf16, nearest even; a and b become what the pairs hold: even ones, odd ones.
+// 32 floats to pairs of bf16; a and b become what the pairs hold: even ones, odd ones.
 FINIAL_INLINE void store_bf16_pairs(void* p, V& a, V& b) {
-  const __m512i pairs = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+  const I pairs = bf16_pairs(a, b);
   _mm512_storeu_si512(p, pairs);
   split_bf16(pairs, a, b);
 }
@@ -199,9 +217,8 @@ FINIAL_INLINE void store_bf16_halves(uint8_t* p, V a, bool odd) {
 FINIAL_INLINE I even_halves(I a) { return _mm512_and_si512(a, _mm512_set1_epi32(0xFFFF)); }
 FINIAL_INLINE I odd_halves(I a) { return _mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))); }
 // 2^x within 2^-18, for x <= 0: 2^(x - floor x) by a polynomial of least maximum relative error (Lawson's reweighted
-// least squares), times 2^floor(x). 0 below -150; NaN stays NaN.
+// least squares), times 2^floor(x). 0 where that is below all floats, infinity too; NaN stays NaN.
 FINIAL_INLINE V power_of_two(V x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);
   const V r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   V y = _mm512_set1_ps(0.0135341678f);
   y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.0520114601f));
