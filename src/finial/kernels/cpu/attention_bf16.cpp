@@ -20,13 +20,18 @@
 //
 // Per kv head and position: 2 row_bytes read (512 bytes at head_dim 128), and for each query head_dim multiplying
 // instructions of 64 flops for 16 keys, so 4 head_dim flops. A block of 32 keys and 12 queries: 24 multiplying
-// instructions for each 2 loads and 12 broadcasts; a query's softmax of a chunk takes about 150 cycles beside 2048.
+// instructions for each 2 loads and 12 broadcasts; a query's softmax of a chunk takes about 140 cycles beside 2048 (200
+// before largest scores were sought for a whole tile first). A tile of queries does its whole chunk before the next
+// one, so that its scores stay in the first-level cache; the first one asks for the values that all will read. Where
+// all see all of a chunk, its values are joined to those before in registers.
+//
 // Measured on Zen 4 beside other work, 16 query and 8 kv heads of 128, pages of 32 in ascending order, median and best
 // of half a second: at depth 4,096 one thread reads 26.3 and 27.5 GB/s, 86 and 90 % of the read bandwidth beside it,
-// two 30.9 and 33.5 GB/s, 87 and 95 %; pages in random order 15 to 20 GB/s. Prompts of 512 and 2,048, one thread: 58
-// and 70 % of the instruction's peak at best, two threads 44 and 65 %. python -m benchmarks.attention --threads 1 (or
-// 2); records: benchmarks/results/attention-bf16-*.json. From the second-level cache alone the products run at 94 to 97
-// % of the peak.
+// two 30.9 and 33.5 GB/s, 87 and 95 %; pages in random order 15 to 20 GB/s (python -m benchmarks.attention --threads 1,
+// or 2; records: benchmarks/results/attention-bf16-*.json). Prompts, interleaved with the loops before these (a
+// throwaway program around this file; medians, of the instruction's peak): 512 on one thread 64.9 % (58.5), on two 65.5
+// (59.8); 2,048 on one 75.4 (71.0); the last 512 of 2,048 on two 75.7 (69.5). Alone and from the second-level cache
+// scores reach 97 and values 95 %; a prompt of 512 further spends 6 % on rounding queries and 9 % on the softmax.
 #include <math.h>
 
 #include <algorithm>

@@ -12,6 +12,14 @@ constexpr int64_t GROUP_BYTES = int64_t{640}
                                 << 10;  // of rounded rows: with two panels they fit a second-level cache of 1 MiB
 constexpr int64_t AHEAD = int64_t{256} << 10;  // of weights asked for by who waits: a part of a second-level cache
 
+void fetch(const float* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#else
+  (void)p;
+#endif
+}
+
 }  // namespace
 
 // The input of products as they take it: normalised, rounded. Few rows: every thread makes its own, which is cheaper
@@ -30,10 +38,19 @@ const uint8_t* Program::prepare(const Linears& p, const Step& step, int64_t rows
   for (int64_t tile = part.begin; tile < part.end; ++tile) {
     const int64_t first = rows * tile / count, size = rows * (tile + 1) / count - first;
     const float* from = x + first * width;
+    const auto ask = [&](int64_t r) {  // for a row of the next tile, which other threads may have written
+      const float* soon = from + (size + r) * width;
+      for (int64_t i = 0; tile + 1 < part.end && first + size + r < rows && i < width; i += LINE) fetch(soon + i);
+    };
     if (p.norm != nullptr) {
       float* y = p.rounding == Rounding::None ? reinterpret_cast<float*>(out + first * bytes) : normal;
-      for (int64_t r = 0; r < size; ++r) kernels_->rms_norm(from + r * width, p.norm, y + r * width, width, p.eps);
+      for (int64_t r = 0; r < size; ++r) {
+        ask(r);
+        kernels_->rms_norm(from + r * width, p.norm, y + r * width, width, p.eps);
+      }
       from = y;
+    } else {
+      for (int64_t r = 0; r < size; ++r) ask(r);
     }
     if (p.rounding != Rounding::None) kernels_->round(p.rounding, from, width, size, out + first * bytes);
   }
