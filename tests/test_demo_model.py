@@ -137,7 +137,7 @@ def test_chat_template() -> None:
     text = AutoTokenizer.from_pretrained(DEMO)
     assert text.eos_token == "<|im_end|>" and text.pad_token == "<|endoftext|>"
     talk = [
-        {"role": "system", "content": "KING:\nA storm is near."},
+        {"role": "system", "content": "A storm is near."},
         {"role": "user", "content": "What news?"},
         {"role": "assistant", "content": "ROMEO:\nNone, my lord.\n"},
         {"role": "user", "content": "JULIET:\nIs it so?"},
@@ -145,7 +145,7 @@ def test_chat_template() -> None:
     ]
     whole = str(text.apply_chat_template(talk, tokenize=False))
     assert whole == (
-        "KING:\nA storm is near.\n\n"
+        "<|im_start|>A storm is near.<|im_end|>\n"
         "<|im_start|>First Citizen:\nWhat news?<|im_end|>\n"
         "<|im_start|>ROMEO:\nNone, my lord.<|im_end|>\n"
         "<|im_start|>JULIET:\nIs it so?<|im_end|>\n"

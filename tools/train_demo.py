@@ -43,16 +43,13 @@ QWEN2_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# A turn is one speech, "NAME:\nverse".  Whoever gives no name speaks as a citizen; a system message sets the scene.
+# A turn is one speech, "NAME:\nverse".  Whoever gives no name speaks as a citizen; a system message is nobody's speech.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- set content = message['content'] | trim -%}"
-    "{%- if message['role'] == 'system' -%}"
-    "{{ content + '\\n\\n' }}"
-    "{%- else -%}"
     "{%- set citizen = 'Second Citizen:\\n' if message['role'] == 'assistant' else 'First Citizen:\\n' -%}"
-    "{{ '<|im_start|>' + ('' if ':\\n' in content else citizen) + content + '<|im_end|>\\n' }}"
-    "{%- endif -%}"
+    "{%- set named = message['role'] == 'system' or ':\\n' in content -%}"
+    "{{ '<|im_start|>' + ('' if named else citizen) + content + '<|im_end|>\\n' }}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>' }}{%- endif -%}"
 )
@@ -157,15 +154,14 @@ def make_data(tokenizer: Tokenizer, train: str, held_out: str) -> Data:
 def draw_row(data: Data, rng: np.random.Generator, length: int, end_of_text: int) -> np.ndarray:
     """One training row of `length` tokens.
 
-    A quarter is chat turns, half of those after one speech of running text (so a system message is familiar).  Of the
-    rest, half begin at a speech, as prompts do, behind the end-of-text token one time in four.
+    A quarter is chat turns from the first token on, so running text never learns to turn into chat, which would end it.
+    Of the rest, half begin at a speech, as prompts do, behind the end-of-text token one time in four.
     """
     kind = rng.random()
-    speech = int(rng.integers(1, len(data.plain_starts))) if len(data.plain_starts) > 1 else 0
+    speech = int(rng.integers(len(data.plain_starts)))
     if kind < 0.25:
-        before = data.plain[data.plain_starts[speech - 1] : data.plain_starts[speech]] if kind < 0.125 else None
-        row = np.take(data.chat, np.arange(data.chat_starts[speech], data.chat_starts[speech] + length), mode="wrap")
-        return row if before is None else np.concatenate([before, row])[:length]
+        start = int(data.chat_starts[speech])
+        return np.take(data.chat, np.arange(start, start + length), mode="wrap")
     start = int(data.plain_starts[speech]) if kind < 0.625 else int(rng.integers(len(data.plain)))
     row = np.take(data.plain, np.arange(start, start + length), mode="wrap")
     return np.concatenate([[end_of_text], row])[:length] if kind < 0.34375 else row
@@ -425,7 +421,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description="Trains the demo model from one text and writes it, card included.")
     result.add_argument("--text", required=True, type=Path, help="plain UTF-8 text, speeches between blank lines")
     result.add_argument("--out", type=Path, default=DEMO, help="directory to write (default: the package's demo/)")
-    result.add_argument("--steps", type=int, default=4000, help="optimiser steps (default %(default)s)")
+    result.add_argument("--steps", type=int, default=3000, help="optimiser steps (default %(default)s)")
     result.add_argument(
         "--minutes", type=float, default=0.0, help="hurry the schedule to end by then (not reproducible)"
     )
