@@ -48,7 +48,7 @@ $(VENV)/check-packages: $(VENV)/test-packages
 	@touch $@
 
 demo: $(VENV)/package
-	$(BIN)/finial run demo -p "ROMEO:" --max-tokens 160 --ignore-eos --seed 1 --stats --verify
+	$(BIN)/finial run demo -p "ROMEO:" --max-tokens 160 --seed 1 --stats --verify
 
 test: $(VENV)/test-packages
 	$(BIN)/python -m pytest
