@@ -111,6 +111,18 @@ def test_a_run_begins_when_everybody_decodes_and_goes_on_by_measure(monkeypatch:
     assert sum(executable.runs) == 599 and engine.steps == 600
 
 
+def test_a_run_that_was_held_up_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: now[0])
+    executable = FakeRunner()
+    engine = new_engine(executable, pages=400, max_context=1024)
+    handle = engine.submit([1, 2, 3], SamplingParams(max_tokens=100))
+    while not handle.finished:
+        now[0] += 1.0 if len(handle.tokens) < 5 else 1e-3
+        engine.step()
+    assert executable.runs[:2] == [runs.FIRST, 2] and executable.runs[2] > 50 and engine.steps == 100
+
+
 def test_nobody_who_comes_waits_for_the_end_of_a_run() -> None:
     executable = FakeRunner()
     engine = new_engine(executable, pages=200, max_context=512)

@@ -79,7 +79,8 @@ class Runs:
         if not getattr(executable, "runs_ahead", False) or not self._suits(plan, handles):
             return None
         left = [c.sequence.prompt_length + c.sequence.max_new - len(c.sequence.tokens) for c in plan]
-        steps = FIRST if self._step_s is None else int(AHEAD_S / max(self._step_s, 1e-9))
+        # Two at least: a run that was held up, by its reader or by the system, is not the last that is measured.
+        steps = FIRST if self._step_s is None else max(2, int(AHEAD_S / max(self._step_s, 1e-9)))
         steps = self._scheduler.reserve([c.sequence for c in plan], left, min(steps, MOST, max(left)))
         if steps < 2:
             return None
