@@ -29,9 +29,10 @@
 // of half a second: at depth 4,096 one thread reads 26.3 and 27.5 GB/s, 86 and 90 % of the read bandwidth beside it,
 // two 30.9 and 33.5 GB/s, 87 and 95 %; pages in random order 15 to 20 GB/s (python -m benchmarks.attention --threads 1,
 // or 2; records: benchmarks/results/attention-bf16-*.json). Prompts, interleaved with the loops before these (a
-// throwaway program around this file; medians, of the instruction's peak): 512 on one thread 64.9 % (58.5), on two 65.5
-// (59.8); 2,048 on one 75.4 (71.0); the last 512 of 2,048 on two 75.7 (69.5). Alone and from the second-level cache
-// scores reach 97 and values 95 %; a prompt of 512 further spends 6 % on rounding queries and 9 % on the softmax.
+// throwaway program around this file; medians, of the instruction's peak): 512 on one thread 61.6 % (58.4), on two 58.1
+// (55.7); 2,048 on one 69.3 (64.4); the last 512 of 2,048 on two 73.9 (69.2); best 63 to 80. Alone and from the
+// second-level cache scores reach 97 and values 95 %; a prompt of 512 further spends 6 % on rounding queries and 9 % on
+// the softmax.
 #include <math.h>
 
 #include <algorithm>
