@@ -23,10 +23,9 @@ from finial.files.checkpoint import open_checkpoint
 from finial.formats import Tensor
 from finial.graph import Graph
 from finial.models.decoder import build_graph, constants
+from run_rows import Ints, Rows, asked
 from test_engine import Letters
 
-PAGE, PAGES = 8, 40
-Ints = np.ndarray
 Small = tuple[Graph, dict[str, Tensor], int]
 
 
@@ -45,32 +44,11 @@ def program(small: Small, threads: int = 2, isa: str = "") -> CpuProgram:
     return CpuBackend(threads, isa).compile(small[0], small[1])
 
 
-class Batch:
-    """Sequences on scattered pages of their own, prompts of several lengths computed in one step."""
-
-    def __init__(self, program: CpuProgram, vocab: int, lengths: list[int], seed: int) -> None:
-        random = np.random.default_rng(seed)
-        self.program, self.state = program, program.new_state(PAGES, PAGE)
-        per = PAGES // len(lengths)
-        self.tables = random.permutation(PAGES).astype(np.int32)[: per * len(lengths)].reshape(len(lengths), per)
-        self.tokens = [random.integers(0, vocab, length).tolist() for length in lengths]
-        for row, tokens in enumerate(self.tokens):
-            for at in range(len(tokens) - 1):
-                program.run(self.feeds([row], [at]), self.state)
+class Batch(Rows[CpuProgram]):
+    """As single steps and runs take it."""
 
     def feeds(self, rows: list[int], at: list[int] | None = None) -> dict[str, Ints]:
-        position = np.array([len(self.tokens[r]) - 1 for r in rows] if at is None else at, np.int32)
-        tables = self.tables[rows]
-        return {
-            "tokens": np.array([self.tokens[r][p] for r, p in zip(rows, position, strict=True)], np.int32),
-            "positions": position,
-            "starts": np.arange(len(rows) + 1, dtype=np.int32),
-            "lengths": position + 1,
-            "pages": tables,
-            "slots": (tables[np.arange(len(rows)), position // PAGE] * PAGE + position % PAGE).astype(np.int32),
-            "wanted": np.arange(len(rows), dtype=np.int32),
-            "pooled": np.zeros(0, np.int32),
-        }
+        return {**super().feeds(rows, at), "pooled": np.zeros(0, np.int32)}
 
     def one_by_one(self, ahead: Ahead) -> list[list[int]]:
         """What a run must yield: by single steps of the rows that are left, chosen by the engine's own rules."""
@@ -103,20 +81,6 @@ class Batch:
                 break
         run.close()
         return out
-
-
-def asked(rows: int, steps: int, vocab: int, seed: int) -> Ahead:
-    """Rows of all kinds; each may end by a stop id or its limit, one goes on to the end unless it meets a stop id."""
-    random = np.random.default_rng(seed)
-    kinds = [Draw(0.0, 0, 1.0, 0.0, 0.0), Draw(1.5, 0, 1.0, 0.0, 0.0), Draw(0.8, 20, 0.9, 0.02, 0.0)]
-    limits = random.integers(1, steps + 1, rows).astype(np.int32)
-    limits[random.integers(rows)] = steps
-    return Ahead(
-        [kinds[i] for i in random.integers(0, 3, rows)],
-        random.random((steps, rows)),
-        [frozenset(random.choice(vocab, random.choice([0, 8]), replace=False).tolist()) for _ in range(rows)],
-        limits,
-    )
 
 
 @pytest.mark.parametrize("isa", _native.isas_available())

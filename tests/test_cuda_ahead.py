@@ -16,7 +16,7 @@ from cuda_twin import CXX, TwinDevice
 from finial.backends import ENDED, NOT_FINITE, Ahead, Draw
 from finial.backends.cuda import CudaBackend
 from finial.backends.cuda.ahead import UNDER_WAY
-from finial.backends.cuda.program import CudaProgram, CudaState
+from finial.backends.cuda.program import CudaProgram
 from finial.backends.cuda.ring import STEPS, Ring
 from finial.engine.generate import Engine
 from finial.engine.sampling import SamplingParams
@@ -26,14 +26,12 @@ from finial.files.checkpoint import open_checkpoint
 from finial.formats import Tensor
 from finial.graph import Graph
 from finial.models.decoder import build_graph, constants
+from run_rows import Ints, Rows, asked
 from test_engine import Letters
 
 if CXX is None:
     assert os.environ.get("CI") != "true", "no g++: see .ci/run"
     pytest.skip("no g++ here; install it to run the CUDA kernels on the CPU", allow_module_level=True)
-
-PAGE, PAGES = 8, 40
-Ints = np.ndarray
 
 
 @pytest.fixture(scope="module")
@@ -46,32 +44,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Graph, dict[str, Te
     return build_graph(checkpoint.config, "bf16"), weights, checkpoint.config.vocab_size
 
 
-class Batch:
-    """Sequences on scattered pages of their own, prompts of several lengths computed one row at a time."""
-
-    def __init__(self, program: CudaProgram, vocab: int, lengths: list[int], seed: int) -> None:
-        random = np.random.default_rng(seed)
-        self.program = program
-        self.state: CudaState = program.new_state(PAGES, PAGE)
-        per = PAGES // len(lengths)
-        self.tables = random.permutation(PAGES).astype(np.int32)[: per * len(lengths)].reshape(len(lengths), per)
-        self.tokens = [random.integers(0, vocab, length).tolist() for length in lengths]
-        for row, tokens in enumerate(self.tokens):
-            for at in range(len(tokens) - 1):
-                program.run(self.feeds([row], [at]), self.state)
-
-    def feeds(self, rows: list[int], at: list[int] | None = None) -> dict[str, Ints]:
-        position = np.array([len(self.tokens[r]) - 1 for r in rows] if at is None else at, np.int32)
-        tables = self.tables[rows]
-        return {
-            "tokens": np.array([self.tokens[r][p] for r, p in zip(rows, position, strict=True)], np.int32),
-            "positions": position,
-            "starts": np.arange(len(rows) + 1, dtype=np.int32),
-            "lengths": position + 1,
-            "pages": tables,
-            "slots": (tables[np.arange(len(rows)), position // PAGE] * PAGE + position % PAGE).astype(np.int32),
-            "wanted": np.arange(len(rows), dtype=np.int32),
-        }
+class Batch(Rows[CudaProgram]):
+    """As single steps and runs take it."""
 
     def one_by_one(self, ahead: Ahead) -> list[list[int]]:
         """What a run must yield, by steps of the rows that are left and of those that have ended."""
@@ -119,20 +93,6 @@ class Batch:
                         self.tokens[row].append(token)
                 out.append(step)
         return out
-
-
-def asked(rows: int, steps: int, vocab: int, seed: int) -> Ahead:
-    """Rows of all kinds; each may end by a stop id or its limit, one goes on to the end unless it meets a stop id."""
-    random = np.random.default_rng(seed)
-    kinds = [Draw(0.0, 0, 1.0, 0.0, 0.0), Draw(1.5, 0, 1.0, 0.0, 0.0), Draw(0.8, 20, 0.9, 0.02, 0.0)]
-    limits = random.integers(1, steps + 1, rows).astype(np.int32)
-    limits[random.integers(rows)] = steps
-    return Ahead(
-        [kinds[i] for i in random.integers(0, 3, rows)],
-        random.random((steps, rows)),
-        [frozenset(random.choice(vocab, random.choice([0, 8]), replace=False).tolist()) for _ in range(rows)],
-        limits,
-    )
 
 
 def programs(small: tuple[Graph, dict[str, Tensor], int], **options: int) -> CudaProgram:
