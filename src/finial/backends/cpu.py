@@ -169,7 +169,7 @@ class CpuProgram:
             self._buffers[value.name] = native.output(self._dimension(value), _width(value))
         self._caches = {value.name: native.cache(*_heads(value), value.dtype) for value in graph.of_kind("state")}
         current = {name: name for name in self._caches}  # state -> its newest version; older ones are overwritten
-        work = plan(graph, self._rounding)
+        work = plan(graph, self._kind)
         last = {name: index for index, item in enumerate(work) for name in item.inputs}
         slots, held = _Slots(), dict[str, int]()
         for index, item in enumerate(work):
@@ -191,8 +191,11 @@ class CpuProgram:
                 if last.get(name, index) == index:
                     slots.give(graph.values[name], held.pop(name))
 
-    def _rounding(self, weight: str) -> str:
-        return _native.activations(self._weights[weight].format, self.isa)
+    def _packs(self, weight: str) -> bool:
+        return _native.packs(self._weights[weight].format, self.isa)
+
+    def _kind(self, weight: str) -> str:
+        return _native.activations(self._weights[weight].format, self.isa) if self._packs(weight) else ""
 
     def _dimension(self, value: Value) -> int:
         rows = value.shape[0]
@@ -211,14 +214,14 @@ class CpuProgram:
         tensor = self._weights[name]
         if (data := self._bytes.get(name)) is None:
             data = tensor.data
-        if self._rounding(name) == "f32":
+        if not self._packs(name):
             self._bytes[name] = data
         return data, tensor.format, *tensor.shape  # type: ignore[return-value]  # a matrix has two
 
     def _embed(self, node: Node) -> None:
         tokens, weight = node.inputs
         out, ids = self._buffers[node.outputs[0]], self._int_ids[tokens]
-        if isinstance(self._weights[weight], Reencoded) and self._rounding(weight) != "f32":
+        if isinstance(self._weights[weight], Reencoded) and self._packs(weight):
             self._native.embed_packed(out, ids, self._packed(weight))  # rather than keep its bytes beside the panels
         else:
             self._native.embed(out, ids, *self._matrix(weight))

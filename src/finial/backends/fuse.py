@@ -2,9 +2,9 @@
 
 Products that share an input become one instruction: the norm in front of it and the rounding of it are done once, and
 what follows a product alone is done while its result is at hand: an addition, or silu of one product times another.
-No result changes by it.  Knows the graph and how a weight wants its input rounded; no buffers and no kernels.
+No result changes by it.  Knows the graph and which products take their input alike; no buffers and no kernels.
 
-    for item in plan(graph, rounding): ...      # Node or Products, in an order that can be run
+    for item in plan(graph, kind_of): ...      # Node or Products, in an order that can be run
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ class Products:
         return [product.output for product in self.products]
 
 
-def plan(graph: Graph, rounding: Callable[[str], str]) -> list[Node | Products]:
+def plan(graph: Graph, kind_of: Callable[[str], str]) -> list[Node | Products]:
     """The graph's nodes in order, products gathered.
 
     Args:
-        rounding: by a weight's name, what its input is rounded to: "f32" (not at all), "bf16" or "int8".
+        kind_of: by a weight's name, how its products take their input: those of one kind run together.  "": as it is,
+            with weights where they lie; such products gate none.
     """
     users: dict[str, list[Node]] = {}
     for node in graph.nodes:
@@ -84,16 +85,16 @@ def plan(graph: Graph, rounding: Callable[[str], str]) -> list[Node | Products]:
         return norm if whole and all(user.op == "linear" for user in users[name]) else None
 
     def gather(first: Node) -> Products:
-        x, kind = first.inputs[0], rounding(first.inputs[1])
+        x, kind = first.inputs[0], kind_of(first.inputs[1])
         norm = fused_norm(x)
         group = Products(norm.inputs[0] if norm else x, norm)
-        same = [n for n in users[x] if n.op == "linear" and n.inputs[0] == x and rounding(n.inputs[1]) == kind]
+        same = [n for n in users[x] if n.op == "linear" and n.inputs[0] == x and kind_of(n.inputs[1]) == kind]
         for node in same:
             if id(node) in gone:
                 continue
             gone.add(id(node))
             product = Product(node, node.outputs[0])
-            gated = only_user(product.output, "silu_mul") if kind != "f32" else None
+            gated = only_user(product.output, "silu_mul") if kind else None
             if gated is not None and gated.inputs[0] == product.output != gated.inputs[1]:
                 up = makers.get(gated.inputs[1])
                 if up is not None and any(up is n for n in same) and id(up) not in gone and only_user(*gated_by(up)):

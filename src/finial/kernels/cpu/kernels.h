@@ -35,7 +35,10 @@ struct Linear {
 constexpr int64_t PANEL = 32;  // outputs of a panel of packed weights
 constexpr int64_t TILE = 12;   // activation rows that meet a panel at once: 24 accumulators of the 32 registers
 
-enum class Rounding : int { None, BF16, INT8 };  // what activations are rounded to for a weight
+// What activations are rounded to for a weight. None: to nothing, and the weight stays where it is; F32: to nothing, for
+// panels.
+enum class Rounding : int { None, F32, BF16, INT8 };
+constexpr int ROUNDINGS = 4;
 
 // One product with packed weights, or two whose results meet: y = silu(x first^T) * (x second^T).
 struct Product {
@@ -129,7 +132,7 @@ struct Kernels {
   void (*linear)(const Linear&, const float* x, float* y, int64_t rows, int64_t begin, int64_t end, float* scratch);
   // Floats that `linear` wants as scratch.
   int64_t (*linear_scratch)(const Linear&, int64_t rows);
-  // How this instruction set wants the activations of a format; None: weights stay in place and `linear` multiplies.
+  // How this instruction set wants the activations of a format; None: `linear` multiplies, else `multiply`.
   Rounding (*rounding)(Format);
   void (*pack)(const Linear&, uint8_t* panels, int64_t begin, int64_t end);  // begin <= i < end, each at i * stride
   void (*unpack)(const Linear&, int64_t row, float* out);  // a row of packed bf16, q8_0 or q4_0 as decode gives it
@@ -146,7 +149,8 @@ struct Kernels {
   int64_t (*attention_scratch)(CacheType, int64_t head_dim, int64_t queries);  // floats; queries: rows * group
   int64_t (*attention_partial)(CacheType, int64_t head_dim);                   // floats of one query and chunk
   int64_t (*attention_queries)(CacheType);                                     // queries that a piece does well to hold
-  // What queries and attention weights are rounded to. BF16: a cache may be blocked, if pages and rows allow it.
+  // What queries and attention weights are rounded to, None or BF16: then a cache may be blocked, if pages and rows
+  // allow it.
   Rounding (*attention_rounding)(CacheType);
   // Keys and values, [rows, kv_heads * head_dim], of items begin <= i < end, an item being a head of a row, to the
   // rows' slots of a blocked cache.

@@ -272,6 +272,7 @@ NB_MODULE(_native, m) {
             return "bf16";
           case Rounding::INT8:
             return "int8";
+          case Rounding::F32:
           case Rounding::None:
             break;
         }
@@ -279,6 +280,12 @@ NB_MODULE(_native, m) {
       },
       "format"_a, "isa"_a = "",
       "What a linear with weights of this format rounds its input to: f32 (not at all), bf16, or int8 (blocks of 32).");
+  m.def(
+      "packs",
+      [](const std::string& format, const std::string& isa) {
+        return find_kernels(isa.c_str())->rounding(format_of(format)) != Rounding::None;
+      },
+      "format"_a, "isa"_a = "", "Whether weights of this format are repacked for their products.");
   m.def(
       "attention_precision",
       [](const std::string& dtype, const std::string& isa) {

@@ -20,8 +20,11 @@
 #include "packed.h"
 
 #include "packed_bf16.h"
-#include "packed_int8.h"
+#include "packed_f32.h"
+#include "packed_int8_pairs.h"
+#include "packed_int8_quads.h"
 #include "packed_k.h"
+#include "panels_bf16.h"
 #include "vector_exp.h"
 
 namespace finial::FINIAL_ISA {
@@ -29,6 +32,8 @@ namespace finial::FINIAL_ISA {
 Rounding rounding(Format format) {
 #if defined(FINIAL_PACKS_BF16)
   if (format == Format::BF16) return Rounding::BF16;
+#elif defined(FINIAL_PACKS_F32)
+  if (format == Format::BF16) return Rounding::F32;
 #endif
 #if defined(FINIAL_PACKS_INT8)
   if (format == Format::Q8_0 || format == Format::Q4_0) return Rounding::INT8;
@@ -74,7 +79,7 @@ int64_t peak(Rounding kind, int64_t rounds, float* sink) {
     return steps * W * 8;
   }
 #endif
-  if (kind != Rounding::None) return 0;
+  if (kind != Rounding::None && kind != Rounding::F32) return 0;
   const V y = chains(rounds, zero(), [&](V a) { return fma(a, half, one); }, add);
   *sink = sum(y);
   return steps * W * 2;
@@ -128,13 +133,13 @@ void finish(const Product& p, int64_t panel, int64_t row, int64_t rows, const fl
   }
 }
 
-#if defined(FINIAL_PACKS_BF16)
+#if defined(FINIAL_BF16_PANELS)
 
 // Every tile of rows is finished as soon as it has met its panel, or both: its results leave while the next are
 // computed.
 void multiply_bf16(const Product& p, int64_t begin, int64_t end) {
   alignas(64) float first[TILE * PANEL], second[TILE * PANEL];
-  const int64_t n_in = p.first->n_in, row = rounded_bytes(Rounding::BF16, n_in),
+  const int64_t n_in = p.first->n_in, row = rounded_bytes(rounding(Format::BF16), n_in),
                 panels = (p.first->n_out + PANEL - 1) / PANEL;
   const int64_t count = p.end - p.begin,
                 bytes = p.second != nullptr ? p.first->stride : panel_bytes(Format::BF16, n_in);
@@ -151,10 +156,10 @@ void multiply_bf16(const Product& p, int64_t begin, int64_t end) {
                     : Soon{nullptr, nullptr};
       };
       if (p.second == nullptr) {
-        TILES_BF16[t.count](w, x, n_in, first, part(i, count));
+        meet_bf16(t.count, w, x, n_in, first, part(i, count));
       } else {
-        TILES_BF16[t.count](w, x, n_in, first, part(2 * i, 2 * count));
-        TILES_BF16[t.count](p.second->packed + panel * p.second->stride, x, n_in, second, part(2 * i + 1, 2 * count));
+        meet_bf16(t.count, w, x, n_in, first, part(2 * i, 2 * count));
+        meet_bf16(t.count, p.second->packed + panel * p.second->stride, x, n_in, second, part(2 * i + 1, 2 * count));
       }
       finish(p, panel, t.first, t.count, first, second);
     }
@@ -168,7 +173,7 @@ void multiply_bf16(const Product& p, int64_t begin, int64_t end) {
 void pack(const Linear& l, uint8_t* out, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     switch (l.format) {
-#if defined(FINIAL_PACKS_BF16)
+#if defined(FINIAL_BF16_PANELS)
       case Format::BF16:
         pack_bf16(l, out + i * l.stride, i * PANEL);
         break;
@@ -189,7 +194,7 @@ void pack(const Linear& l, uint8_t* out, int64_t begin, int64_t end) {
 void unpack(const Linear& l, int64_t row, float* out) {
   const uint8_t* panel = l.packed + row / PANEL * l.stride;
   switch (l.format) {
-#if defined(FINIAL_PACKS_BF16)
+#if defined(FINIAL_BF16_PANELS)
     case Format::BF16:
       return unpack_bf16(panel, row % PANEL, l.n_in, out);
 #endif
@@ -206,11 +211,14 @@ void round_tile(Rounding rounding, const float* x, int64_t n_in, int64_t rows, u
 #if defined(FINIAL_PACKS_BF16)
   if (rounding == Rounding::BF16) return round_bf16(x, n_in, rows, tile);
 #endif
+#if defined(FINIAL_PACKS_F32)
+  if (rounding == Rounding::F32) return arrange_rows(x, n_in, rows, tile);
+#endif
   if (rounding == Rounding::INT8) round_int8(x, n_in, rows, tile);
 }
 
 void multiply(const Product& p, int64_t begin, int64_t end) {
-#if defined(FINIAL_PACKS_BF16)
+#if defined(FINIAL_BF16_PANELS)
   if (p.first->format == Format::BF16) return multiply_bf16(p, begin, end);
 #endif
   alignas(64) float first[GROUP * TILE * PANEL], second[GROUP * TILE * PANEL];

@@ -10,7 +10,8 @@
 // so a packed matrix is as large as the stored one, and a thread reads its share as one contiguous run.
 //
 // Activations are rounded to what the multiplying instruction takes, once for all products that share them:
-//   bf16  nearest even; [pair of inputs][row of the tile][2]
+//   f32   not at all; [pair of inputs][row of the tile][2]
+//   bf16  nearest even; likewise
 //   int8  blocks of 32 inputs, nearest even; the scale is absmax / 127 rounded up to five significant bits, so that its
 //         product with an f16 is exact; [block][row of the tile] of Int8Block
 // in tiles of at most TILE rows, as even as possible: tile i of n holds rows [rows i / n, rows (i + 1) / n).
@@ -41,6 +42,8 @@ inline int64_t rounded_bytes(Rounding rounding, int64_t n_in) {
       return (n_in + 1) / 2 * 4;
     case Rounding::INT8:
       return n_in / 32 * static_cast<int64_t>(sizeof(Int8Block));
+    case Rounding::F32:
+      return (n_in + 1) / 2 * 8;
     case Rounding::None:
       break;
   }

@@ -4,6 +4,11 @@
 #include "packed.h"
 #include "simd.h"
 
+// Whether bf16 lies in panels, whatever its rows are rounded to.
+#if defined(FINIAL_PACKS_BF16) || defined(FINIAL_PACKS_F32)
+#define FINIAL_BF16_PANELS 1
+#endif
+
 namespace finial::FINIAL_ISA {
 
 constexpr int PANEL_VECTORS = static_cast<int>(PANEL) / W;

@@ -128,7 +128,7 @@ void Program::reserve(Step& step) {
     partials_ = Memory(static_cast<size_t>(partials) * sizeof(float), Pages::Huge);
   }
 
-  int64_t shared[3] = {};
+  int64_t shared[ROUNDINGS] = {};
   for (const Instruction& i : code_) {
     int64_t wanted = 0;
     if (i.op == Op::Linears) {
@@ -155,13 +155,14 @@ void Program::reserve(Step& step) {
     scratch_ = Memory(scratch, Pages::Small);
   }
   step.scratch = scratch_.floats();
-  const size_t together = static_cast<size_t>(shared[0] + shared[1] + shared[2]);
+  size_t together = 0;
+  for (int64_t bytes : shared) together += static_cast<size_t>(bytes);
   if (rounded_.size() < together) {
     rounded_ = Memory();
     rounded_ = Memory(together, Pages::Huge);
   }
   int64_t from = 0;
-  for (int i = 0; i < 3; from += shared[i], ++i) step.rounded[i] = rounded_.data() + from;
+  for (int i = 0; i < ROUNDINGS; from += shared[i], ++i) step.rounded[i] = rounded_.data() + from;
 
   int64_t rows = 0;
   for (const SequenceMap& m : maps_) rows += step.sizes[static_cast<size_t>(m.dimension)];

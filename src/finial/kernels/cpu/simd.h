@@ -54,11 +54,22 @@ FINIAL_INLINE float bf16_to_float(const uint8_t* source) {
 namespace finial::FINIAL_ISA {
 
 // A value that is used several times: GCC would fold its load into each use and so load it as often.
-FINIAL_INLINE void keep_in_register(V& a) {
+template <class T>
+FINIAL_INLINE void keep_in_register(T& a) {
 #if defined(__GNUC__) && defined(__x86_64__)
   __asm__("" : "+v"(a));
 #else
   (void)a;
+#endif
+}
+
+// What comes from here is loaded here: not kept from before, and not asked for early, in registers that are wanted.
+template <class T>
+FINIAL_INLINE void load_afresh(const T*& p) {
+#if defined(__GNUC__)
+  __asm__("" : "+r"(p));
+#else
+  (void)p;
 #endif
 }
 

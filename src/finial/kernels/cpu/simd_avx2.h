@@ -55,10 +55,15 @@ FINIAL_INLINE V load_bf16(const uint8_t* p) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
 }
+FINIAL_INLINE V load_bf16_even(const uint8_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16));
+}
+FINIAL_INLINE V load_bf16_odd(const uint8_t* p) {
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
+  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), upper));
+}
 FINIAL_INLINE void load_bf16_pair(const uint8_t* p, V& even, V& odd) {
-  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  even = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
-  odd = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
+  even = load_bf16_even(p), odd = load_bf16_odd(p);
 }
 FINIAL_INLINE V sorted_pairs(V a) {  // quarters 0, 2, 1, 3
   return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), 0xD8));
@@ -129,6 +134,7 @@ FINIAL_INLINE V pick_high(Levels d, const uint8_t* p) {
 
 // Products of packed weights. I: W lanes of int32, or of four bytes.
 #define FINIAL_PACKS_INT8 1
+#define FINIAL_PACKS_F32 1  // bf16 panels take float32 rows
 using I = __m256i;
 constexpr uint32_t BIAS_Q8 = 0;  // packed bytes are q itself
 FINIAL_INLINE I load_i(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }

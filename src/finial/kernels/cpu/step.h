@@ -13,7 +13,7 @@ struct Program::Step {
   const State& state;
   std::vector<float*> buffers;  // by buffer
   std::vector<float*> tables;   // by rope table: cos [rows, half], then sin
-  uint8_t* rounded[3] = {};     // by rounding: rows shared by all threads
+  uint8_t* rounded[ROUNDINGS] = {};  // rows shared by all threads
   float* scratch = nullptr;
   int64_t scratch_stride = 0;             // floats per thread
   std::vector<const int32_t*> sequences;  // by sequence map

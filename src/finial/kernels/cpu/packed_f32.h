@@ -1,0 +1,100 @@
+// float32 rows and how a tile of them meets a bf16 panel, where no instruction multiplies pairs of bf16. Included by
+// packed.cpp.
+//
+// A pair of inputs of a panel is 128 bytes, which a shift and a mask make floats of; then one fma for each row, input
+// and vector of outputs. Rows are taken ROWS at a time and half a panel with them: 12 accumulators of AVX2's sixteen
+// registers, 24 of NEON's 32, and for 24 fma 12 broadcasts and 8 instructions that make floats. Both cost nothing where
+// shifts and masks have other units than fma (Zen 3). Turns of BLOCK pairs keep a panel's and a tile's part in the
+// first-level cache.
+#pragma once
+
+#include "panels.h"
+
+#if defined(FINIAL_PACKS_F32)
+
+namespace finial::FINIAL_ISA {
+
+namespace {
+
+constexpr int64_t PAIRS = 64;  // of inputs at a time: 8 KiB of a panel, 6 of a tile
+constexpr int ROWS = 4;
+
+// Few rows have a whole panel's accumulators.
+constexpr int vectors_with(int rows) { return rows <= 2 ? PANEL_VECTORS : PANEL_VECTORS / 2; }
+
+// c [M of a tile's rows, PANEL] += `pairs` pairs of a panel times rows `stride` pairs apart; = where they are the first.
+template <int M>
+void add_pairs(const uint8_t* FINIAL_RESTRICT w, const float* FINIAL_RESTRICT x, int64_t stride, int64_t pairs,
+               bool first, float* FINIAL_RESTRICT c) {
+  constexpr int N = vectors_with(M);
+  for (int v = 0; v < PANEL_VECTORS; v += N) {
+    const uint8_t* from = w + v * W * 4;
+    const float* at = x;
+    V acc[M][N];
+#pragma GCC unroll 4
+    for (int r = 0; r < M; ++r)
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) acc[r][i] = first ? zero() : load(c + r * PANEL + (v + i) * W);
+    for (int64_t k = 0; k < pairs; ++k, from += PANEL * 4, at += 2 * stride) {
+      V w[N];
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) w[i] = load_bf16_even(from + i * W * 4);
+#pragma GCC unroll 4
+      for (int r = 0; r < M; ++r) {
+        const V a = set1(at[2 * r]);
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) acc[r][i] = fma(w[i], a, acc[r][i]);
+      }
+      load_afresh(from), load_afresh(at);
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) w[i] = load_bf16_odd(from + i * W * 4);
+#pragma GCC unroll 4
+      for (int r = 0; r < M; ++r) {
+        const V a = set1(at[2 * r + 1]);
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) acc[r][i] = fma(w[i], a, acc[r][i]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < M; ++r)
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) store(c + r * PANEL + (v + i) * W, acc[r][i]);
+  }
+}
+
+using AddPairs = void (*)(const uint8_t*, const float*, int64_t, int64_t, bool, float*);
+constexpr AddPairs ADD_PAIRS[ROWS + 1] = {nullptr, add_pairs<1>, add_pairs<2>, add_pairs<3>, add_pairs<4>};
+
+// c [rows, PANEL] = a panel times a tile's rows. Meanwhile it asks for `ahead`, a part with each turn.
+void meet_bf16(int64_t rows, const uint8_t* w, const uint8_t* x, int64_t n_in, float* c, Soon ahead) {
+  const int64_t pairs = (n_in + 1) / 2, groups = (rows + ROWS - 1) / ROWS;
+  const int64_t part = ((ahead.end - ahead.begin) * PAIRS / pairs + 64) / 64 * 64;
+  const float* at = reinterpret_cast<const float*>(x);
+  for (int64_t k = 0; k < pairs; k += PAIRS) {
+    const int64_t count = pairs - k < PAIRS ? pairs - k : PAIRS;
+    if (ahead.begin < ahead.end) prefetch(ahead.begin, part), ahead.begin += part;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t row = rows * g / groups, some = rows * (g + 1) / groups - row;
+      ADD_PAIRS[some](w + k * PANEL * 4, at + 2 * (k * rows + row), rows, count, k == 0, c + row * PANEL);
+    }
+  }
+}
+
+void arrange_rows(const float* x, int64_t n_in, int64_t rows, uint8_t* tile) {
+  float* to = reinterpret_cast<float*>(tile);
+  if (rows == 1) {
+    std::memcpy(to, x, static_cast<size_t>(n_in) * sizeof(float));
+    if (n_in % 2 != 0) to[n_in] = 0;
+    return;
+  }
+  for (int64_t k = 0; k + 2 <= n_in; k += 2)
+    for (int64_t r = 0; r < rows; ++r, to += 2) std::memcpy(to, x + r * n_in + k, 2 * sizeof(float));
+  if (n_in % 2 != 0)
+    for (int64_t r = 0; r < rows; ++r, to += 2) to[0] = x[r * n_in + n_in - 1], to[1] = 0;
+}
+
+}  // namespace
+
+}  // namespace finial::FINIAL_ISA
+
+#endif
