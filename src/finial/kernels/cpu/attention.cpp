@@ -174,7 +174,7 @@ void weigh(const float* p, const uint8_t* const* values, int64_t from, int64_t t
 template <class Row, int Q, bool FETCH>
 void weigh_rows(const float* p, const uint8_t* const* values, int64_t from, int64_t to, int64_t n, float* const* out) {
   if (from >= to) return;
-  constexpr int PAIRS = Q == 4 ? SLICE / 2 : Q == 2 ? (W >= 16 ? SLICE : SLICE / 2) : SLICE;
+  constexpr int PAIRS = Q == 4 ? SLICE / 2 : SLICE;
   int64_t d = 0;
   for (; d + PAIRS * STEP <= n; d += PAIRS * STEP) weigh<Row, Q, PAIRS, false, FETCH>(p, values, from, to, d, n, out);
   if (PAIRS > 2 && d + 2 * STEP <= n) {
