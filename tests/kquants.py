@@ -22,7 +22,7 @@ def _inverse(x: np.ndarray) -> np.ndarray:
 
 
 def _with_minimums(values: np.ndarray, bits: int) -> np.ndarray:
-    """Eight groups of 32: level · d · scale - dmin · minimum, both factors of six bits (formats.py, `_k_scales`)."""
+    """Eight groups of 32: level · d · scale - dmin · minimum, both factors of six bits (quants.py, `_k_scales`)."""
     groups = values.reshape(-1, 8, 32)
     low = np.minimum(groups.min(-1), 0)
     step = (groups.max(-1) - low) / (2**bits - 1)

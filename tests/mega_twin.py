@@ -18,10 +18,10 @@ from cuda_twin import BASE, TwinDevice
 from finial.backends import get_backend
 from finial.backends.cuda import kernels
 from finial.backends.cuda.device import Launch
-from finial.backends.cuda.mega import layout, table
+from finial.backends.cuda.mega import layout
+from finial.backends.cuda.mega.plan import Plan, make_plan
 from finial.backends.cuda.mega.shape import recognise
 from finial.backends.cuda.mega.stream import Packer
-from finial.backends.cuda.mega.table import Plan, make_plan
 from finial.backends.cuda.plan import plan
 from finial.backends.cuda.weights import fp8_decoded, pack_matrix
 from finial.config import ModelConfig
@@ -109,7 +109,7 @@ class MegaTwin:
             whole=whole,
             down_parts=down_parts,
         )
-        self.kernel = table.kernel(self.plan, PAGE, bulk=bulk, least=least)
+        self.kernel = self.plan.kernel(PAGE, bulk=bulk, least=least)
         self.device = TwinDevice(arena=arena, seed=seed, base=base)
         plan, put = self.plan, self._put
         random = np.random.default_rng(seed)

@@ -81,11 +81,17 @@ WIDE: dict[str, tuple[str, dict[str, Any]]] = {
 
 @functools.cache
 def model(name: str) -> transformers.PreTrainedModel:
-    """A random float32 model whose weights are bf16 values; norms and biases are random too, so that each counts."""
+    """A random float32 model whose weights are bf16 values; norms and biases are random too."""
     kind, fields = (MODELS | WIDE)[name]
     torch.manual_seed(sum(map(ord, name)))
     config = getattr(transformers, f"{kind}Config")(**{**BASE, **fields}, attn_implementation="eager")
     made = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    vary(made)
+    return made  # type: ignore[no-any-return]
+
+
+def vary(made: transformers.PreTrainedModel) -> None:
+    """Random norms and biases, so that each counts; every weight to the nearest bf16 value."""
     with torch.no_grad():
         for key, parameter in made.named_parameters():
             if "norm" in key:
@@ -93,7 +99,6 @@ def model(name: str) -> transformers.PreTrainedModel:
             elif key.endswith("bias"):
                 parameter.normal_(0, 0.3)
             parameter.copy_(parameter.to(torch.bfloat16).to(torch.float32))
-    return made  # type: ignore[no-any-return]
 
 
 def save(name: str, path: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:

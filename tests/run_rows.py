@@ -1,4 +1,4 @@
-"""What the tests of runs of decode steps begin with, on whatever backend: sequences, and what is asked of a run."""
+"""What tests of runs of decode steps share, whatever the backend: sequences, requests, what an engine makes of both."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from finial.backends import Ahead, Draw
+from finial.engine.generate import Engine
+from finial.engine.sampling import SamplingParams
+from test_engine import Letters
 
 PAGE, PAGES = 8, 40
 Ints = np.ndarray
@@ -53,3 +56,34 @@ def asked(rows: int, steps: int, vocab: int, seed: int) -> Ahead:
         [frozenset(random.choice(vocab, random.choice([0, 8]), replace=False).tolist()) for _ in range(rows)],
         limits,
     )
+
+
+def said(engine: Engine, vocab: int, *more: dict[str, Any]) -> list[object]:
+    """What an engine with few pages makes of requests with seeds, stop ids and strings, and `more`; of a cancel; and of
+    prompts that share pages with what a run left."""
+    wishes: list[dict[str, Any]] = [
+        {"max_tokens": 12},
+        {"max_tokens": 9, "temperature": 1.2, "top_p": 0.9, "seed": 4},
+        {"max_tokens": 20, "temperature": 2.0, "seed": 5, "stop_ids": list(range(0, vocab, 9))},
+        {"max_tokens": 16, "temperature": 1.0, "top_k": 9, "seed": 6, "stop": ["q", "w"]},
+        *more,
+    ]
+    out: list[object] = []
+    for first in (5, 6):
+        handles = [
+            engine.submit([first, 6, 7 + i], SamplingParams(**wish), detokenizer=Letters())
+            for i, wish in enumerate(wishes)
+        ]
+        while len(handles[0].tokens) < 5:
+            engine.step()
+        if first == 6:
+            engine.cancel(handles[0])
+        engine.finish(handles[1:])
+        engine.finish(handles)
+        out.append([(handle.tokens, handle.text, handle.finish_reason) for handle in handles])
+        again = engine.submit([first, 6, 7, *handles[0].tokens], SamplingParams(max_tokens=3))
+        engine.finish([again])
+        out.append((again.tokens, again.sequence.reused))
+        engine._pool.check()
+        assert engine.pages_held == 0
+    return out

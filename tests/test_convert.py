@@ -71,13 +71,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
             **{**models.BASE, "hidden_size": 128, "intermediate_size": 256, "vocab_size": VOCAB, **fields, **ids}
         )
         made = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-        with torch.no_grad():
-            for key, parameter in made.named_parameters():
-                if "norm" in key:
-                    parameter.uniform_(0.5, 1.5)
-                elif key.endswith("bias"):
-                    parameter.normal_(0, 0.3)
-                parameter.copy_(parameter.to(torch.bfloat16).to(torch.float32))
+        models.vary(made)
         made.to(torch.bfloat16).save_pretrained(path)  # which also rounds the rope frequencies in memory: load again
         write_tokenizer(path, vocabulary, VOCAB)
         out[name] = (path, _load(path))

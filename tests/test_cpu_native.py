@@ -134,6 +134,24 @@ def test_exponential_does_not_depend_on_the_lane(isa: str) -> None:
         assert bits(alone)[0, 0] == bits(whole)[0, at]
 
 
+def out_of_a_cache(isa: str, dtype: str, kv_heads: int, values: np.ndarray) -> np.ndarray:
+    """[64, kv_heads * 32] values as rows that attend to themselves alone return them."""
+    width = 32 * kv_heads
+    graph = Graph("one")
+    q, k, value = (graph.input(name, ("T", width)) for name in "qkv")
+    shapes = {"positions": ("T",), "starts": ("B1",), "lengths": ("B",), "pages": ("B", "P"), "slots": ("T",)}
+    step = {name: graph.input(name, shape, "i32") for name, shape in shapes.items()}
+    cache = graph.apply("cache_write", graph.state("kv", ("S", 2, kv_heads, 32), dtype), k, value, step["slots"])
+    where = [step[name] for name in ("positions", "starts", "lengths", "pages")]
+    graph.output(graph.apply("attention", q, cache, *where, head_dim=32, num_kv_heads=kv_heads, scale=1.0, window=1))
+    program = CpuBackend(1, isa).compile(graph, {})
+    at = np.arange(64, dtype=np.int32)
+    feeds = {"q": normal(64, width), "k": normal(64, width), "v": values, "positions": at, "slots": at}
+    feeds |= {"starts": np.array([0, 64]), "lengths": np.array([64]), "pages": np.array([[0]])}
+    feeds = {name: a if a.dtype == np.float32 else a.astype(np.int32) for name, a in feeds.items()}
+    return program.run(feeds, program.new_state(1, 64))[0]
+
+
 @on_every_isa
 def test_cache_rounds_to_nearest_even(isa: str) -> None:
     """A row that attends to itself alone returns its value: as written, for ties, subnormals and large numbers."""
@@ -143,19 +161,7 @@ def test_cache_rounds_to_nearest_even(isa: str) -> None:
     pattern[16:24] &= 0x807FFFFF  # subnormals
     v = pattern.view(np.float32)
     v = np.where(np.isfinite(v) & (np.abs(v) < 3e38), v, np.float32(1.5)).astype(np.float32)
-    graph = Graph("one")
-    q, k, value = (graph.input(name, ("T", 32)) for name in "qkv")
-    shapes = {"positions": ("T",), "starts": ("B1",), "lengths": ("B",), "pages": ("B", "P"), "slots": ("T",)}
-    step = {name: graph.input(name, shape, "i32") for name, shape in shapes.items()}
-    cache = graph.apply("cache_write", graph.state("kv", ("S", 2, 1, 32), "bf16"), k, value, step["slots"])
-    where = [step[name] for name in ("positions", "starts", "lengths", "pages")]
-    graph.output(graph.apply("attention", q, cache, *where, head_dim=32, num_kv_heads=1, scale=1.0, window=1))
-    program = CpuBackend(1, isa).compile(graph, {})
-    at = np.arange(64, dtype=np.int32)
-    feeds = {"q": normal(64, 32), "k": normal(64, 32), "v": v, "positions": at, "slots": at}
-    feeds |= {"starts": np.array([0, 64]), "lengths": np.array([64]), "pages": np.array([[0]])}
-    feeds = {name: a if a.dtype == np.float32 else a.astype(np.int32) for name, a in feeds.items()}
-    got = program.run(feeds, program.new_state(1, 64))[0]
+    got = out_of_a_cache(isa, "bf16", 1, v)
     expected = Tensor.from_array(v, "bf16").decode() + np.float32(0)
     if CpuBackend(1, isa).attention_precision("bf16") == "bf16":  # the instruction takes subnormals for zero
         expected[np.abs(expected) < np.finfo(np.float32).tiny] = 0
@@ -173,23 +179,10 @@ def test_q8_0_cache_is_rounded_as_the_format_says(isa: str) -> None:
     values[20, :32] = 0
     values[21, 5] = 65504.0 * 127
     values[22:40] *= np.logspace(-6.5, -4, 18, dtype=np.float32)[:, None]
-    graph = Graph("one")
-    q, k, value = (graph.input(name, ("T", 64)) for name in "qkv")
-    shapes = {"positions": ("T",), "starts": ("B1",), "lengths": ("B",), "pages": ("B", "P"), "slots": ("T",)}
-    step = {name: graph.input(name, shape, "i32") for name, shape in shapes.items()}
-    cache = graph.apply("cache_write", graph.state("kv", ("S", 2, 2, 32), "q8_0"), k, value, step["slots"])
-    where = [step[name] for name in ("positions", "starts", "lengths", "pages")]
-    graph.output(graph.apply("attention", q, cache, *where, head_dim=32, num_kv_heads=2, scale=1.0, window=1))
-    program = CpuBackend(1, isa).compile(graph, {})
-    at = np.arange(64, dtype=np.int32)
-    feeds = {"q": normal(64, 64), "k": normal(64, 64), "v": values, "positions": at, "slots": at}
-    feeds |= {"starts": np.array([0, 64]), "lengths": np.array([64]), "pages": np.array([[0]])}
-    feeds = {name: a if a.dtype == np.float32 else a.astype(np.int32) for name, a in feeds.items()}
-    got = program.run(feeds, program.new_state(1, 64))[0]
+    got = out_of_a_cache(isa, "q8_0", 2, values)
     assert np.array_equal(bits(got + 0.0), bits(Tensor.from_array(values, "q8_0").decode() + np.float32(0)))
-    feeds["v"] = values.copy()
-    feeds["v"][3, 40], feeds["v"][7, 2] = np.nan, np.inf
-    got = program.run(feeds, program.new_state(1, 64))[0]
+    values[3, 40], values[7, 2] = np.nan, np.inf
+    got = out_of_a_cache(isa, "q8_0", 2, values)
     assert np.isnan(got[3, 32:]).all() and np.isnan(got[7, :32]).all() and np.isfinite(got[3, :32]).all()
 
 

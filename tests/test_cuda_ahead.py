@@ -19,15 +19,13 @@ from finial.backends.cuda.ahead import UNDER_WAY
 from finial.backends.cuda.program import CudaProgram
 from finial.backends.cuda.ring import STEPS, Ring
 from finial.engine.generate import Engine
-from finial.engine.sampling import SamplingParams
 from finial.errors import BackendError
 from finial.executor import Executable, Segment
 from finial.files.checkpoint import open_checkpoint
 from finial.formats import Tensor
 from finial.graph import Graph
 from finial.models.decoder import build_graph, constants
-from run_rows import Ints, Rows, asked
-from test_engine import Letters
+from run_rows import Ints, Rows, asked, said
 
 if CXX is None:
     assert os.environ.get("CI") != "true", "no g++: see .ci/run"
@@ -230,30 +228,6 @@ def test_the_engine_lets_the_device_go_ahead(small: tuple[Graph, dict[str, Tenso
         device = TwinDevice(seed=11)
         executable = kind(graph, [Segment(CudaBackend(device), graph, tuple(graph.outputs))], weights)
         engine = Engine(executable, pages=14, page_size=4, vocab_size=vocab, max_context=48, max_batch=3, eos_ids=[7])
-        said = []
-        wishes = [
-            {"max_tokens": 12},
-            {"max_tokens": 9, "temperature": 1.2, "top_p": 0.9, "seed": 4},
-            {"max_tokens": 20, "temperature": 2.0, "seed": 5, "stop_ids": list(range(0, vocab, 9))},
-            {"max_tokens": 16, "temperature": 1.0, "top_k": 9, "seed": 6, "stop": ["q", "w"]},
-        ]
-        for first in (5, 6):
-            handles = [
-                engine.submit([first, 6, 7 + i], SamplingParams(**wish), detokenizer=Letters())
-                for i, wish in enumerate(wishes)
-            ]
-            while len(handles[0].tokens) < 5:
-                engine.step()
-            if first == 6:
-                engine.cancel(handles[0])
-            engine.finish(handles[1:])
-            engine.finish(handles)
-            said.append([(handle.tokens, handle.text, handle.finish_reason) for handle in handles])
-            again = engine.submit([first, 6, 7, *handles[0].tokens], SamplingParams(max_tokens=3))
-            engine.finish([again])
-            said.append([(again.tokens, again.sequence.reused)])
-            engine._pool.check()
-            assert engine.pages_held == 0
+        texts.append(said(engine, vocab))
         used.append("sample_ahead" in device.templates)
-        texts.append(said)
     assert texts[0] == texts[1] and used == [True, False]

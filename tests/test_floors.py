@@ -16,6 +16,7 @@ FLOORS = {
     "finial": 0,
     "finial.errors": 0,
     "finial.formats": 0,
+    "finial.quants": 0,
     "finial.config": 0,
     "finial.config_hf": 0,
     "finial.config_gguf": 0,

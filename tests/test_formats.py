@@ -1,4 +1,4 @@
-"""formats.py: bit-equal to the `gguf` package's quantisers, with the error bounds that each layout promises."""
+"""formats.py, quants.py: bit-equal to the `gguf` package's quantisers, with the error bounds each layout promises."""
 
 from __future__ import annotations
 

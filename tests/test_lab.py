@@ -19,7 +19,6 @@ import pytest
 from finial.errors import FileError, RequestError
 from finial.files.checkpoint import open_checkpoint
 from finial.files.convert import convert
-from finial.lab import runner
 from finial.lab.analysis import best_rival, growth, limit, rank, ratio, share
 from finial.lab.checks import check, value
 from finial.lab.engines.setup import SetupError, make_file, missing
@@ -30,6 +29,7 @@ from finial.lab.record import SCHEMA, Cell, Reading, Record, Row, Sample, schema
 from finial.lab.report.markdown import render
 from finial.lab.roofline import Floor, peak_for
 from finial.lab.runner import Runner
+from finial.lab.samples import _others
 from finial.lab.statistics import exponent, median_interval, paired_ratio, spread, unpaired_ratio
 from finial.lab.verdicts import Judge
 from finial.lab.worker import Worker, WorkerError
@@ -417,7 +417,7 @@ def test_the_probe_reads_what_a_step_reads(bench: Bench, monkeypatch: pytest.Mon
 def test_what_must_be_killed_is_a_row_and_the_run_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     if not Path("/proc/self/statm").exists():
         pytest.skip("memory is watched through /proc")
-    monkeypatch.setattr(runner, "RUN_S", 2.0)
+    monkeypatch.setattr("finial.lab.samples.RUN_S", 2.0)
     faults = {"hang": "within 2 s", "leak": "limit of 0.30 GB", "flood": "beside its answers", "no answer": "is none"}
     engines = [bench.engine(fault.replace(" ", "_"), fault=fault, since=1) for fault in faults]
     record = bench.run([*engines, bench.engine("finial")], (DECODE, PROMPT), memory_bytes=300_000_000)
@@ -508,8 +508,8 @@ def test_a_run_resumes_where_it_stopped(bench: Bench) -> None:
 def test_a_disturbed_sample_is_measured_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     # A warm-up; a first round that is tried again; no tries left for the second.
     readings = iter([0.9, 0.9, 0.0, 0.9, 0.0])
-    monkeypatch.setattr(runner, "_others", lambda start, end: next(readings))
-    monkeypatch.setattr(runner, "OTHERS_S", 0.0)
+    monkeypatch.setattr("finial.lab.samples._others", lambda start, end: next(readings))
+    monkeypatch.setattr("finial.lab.samples.OTHERS_S", 0.0)
     record = bench.run([bench.engine("finial")], (replace(DECODE, rounds=2),))
     samples = record.cells["demo/stored/2/decode"].engines["finial"].samples
     assert [(s.round, s.others) for s in samples] == [(0, 0.0), (1, 0.9)]
@@ -518,8 +518,8 @@ def test_a_disturbed_sample_is_measured_again(bench: Bench, monkeypatch: pytest.
 
 def test_others_are_what_the_engine_did_not_take() -> None:
     cores = os.cpu_count() or 1
-    assert runner._others((0.0, 10.0, 5.0), (1.0, 10.5, 5.25)) == pytest.approx(0.25 / cores)
-    assert runner._others((0.0, None, 5.0), (1.0, None, 5.25)) is None
+    assert _others((0.0, 10.0, 5.0), (1.0, 10.5, 5.25)) == pytest.approx(0.25 / cores)
+    assert _others((0.0, None, 5.0), (1.0, None, 5.25)) is None
 
 
 # --- records -----------------------------------------------------------------------------------------------------

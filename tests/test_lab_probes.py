@@ -36,30 +36,9 @@ from finial.lab.report import markdown_text
 from finial.lab.session import Model, Session
 from finial.lab.workloads import Sizes
 from finial.machine import Sources
+from machines import linux, write
 
 MIB = 1 << 20
-
-
-def write(root: Path, files: Mapping[str, str]) -> None:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-
-def linux(root: Path, files: Mapping[str, str], **changes: Any) -> Sources:
-    write(root, files)
-    given: dict[str, Any] = {
-        "root": root,
-        "proc": root / "proc",
-        "sys": root / "sys",
-        "system": "Linux",
-        "arch": "x86_64",
-        "run": lambda command: None,
-        "load": lambda names: None,
-        "affinity": lambda: None,
-    }
-    return Sources(**(given | changes))
 
 
 class Nvml:

@@ -16,31 +16,9 @@ import pytest
 
 from finial import machine
 from finial.machine import Sources, cpu, extras, gpu, native, sources
+from machines import linux, write
 
 GIB = 1 << 30
-
-
-def tree(root: Path, files: Mapping[str, str]) -> None:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-
-def linux(root: Path, files: Mapping[str, str], **changes: Any) -> Sources:
-    """A Linux machine that consists of `files`; it has no commands and no libraries unless given."""
-    tree(root, files)
-    given: dict[str, Any] = {
-        "root": root,
-        "proc": root / "proc",
-        "sys": root / "sys",
-        "system": "Linux",
-        "arch": "x86_64",
-        "run": lambda command: None,
-        "load": lambda names: None,
-        "affinity": lambda: None,
-    }
-    return Sources(**(given | changes))
 
 
 def cpus(count: int, threads_per_core: int = 1, per_socket: int | None = None) -> dict[str, str]:
@@ -350,7 +328,7 @@ def test_amd_and_intel_gpus_and_what_is_no_gpu(tmp_path: Path) -> None:
         "sys/bus/pci/drivers/amdgpu/x": "",
         "proc/sys/kernel/osrelease": "6.8.0\n",
     }
-    tree(tmp_path, files)
+    write(tmp_path, files)
     (tmp_path / devices / "0000:03:00.0" / "driver").symlink_to(tmp_path / "sys/bus/pci/drivers/amdgpu")
     amd, intel = machine.probe_gpus(linux(tmp_path, files))
     assert (amd.vendor, amd.driver, amd.memory_bytes) == ("AMD", "amdgpu 6.8.0", 24 * GIB)
@@ -397,7 +375,7 @@ def test_rapl_for_root_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def install(root: Path, name: str, requires: Sequence[str] = (), provides: Sequence[str] = ()) -> None:
     lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1"]
     lines += [f"Provides-Extra: {extra}" for extra in provides] + [f"Requires-Dist: {need}" for need in requires]
-    tree(root, {f"{name}-1.dist-info/METADATA": "\n".join(lines) + "\n"})
+    write(root, {f"{name}-1.dist-info/METADATA": "\n".join(lines) + "\n"})
 
 
 def test_extras_come_from_the_package_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

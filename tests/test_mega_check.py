@@ -39,9 +39,9 @@ from finial.backends.cuda.mega.layout import (
     WAIT,
     counter,
 )
+from finial.backends.cuda.mega.plan import Plan, make_plan
 from finial.backends.cuda.mega.ring_check import Ring, check_ring
 from finial.backends.cuda.mega.shape import MegaShape, Unsuited
-from finial.backends.cuda.mega.table import Plan, make_plan
 from test_mega_table import REAL, SHARED, SMALL
 
 # --- tables that are right --------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from cuda_twin import CXX, FLAGS, HERE
 from finial.backends.cuda import kernels
 from finial.backends.cuda.compiler import ARCHITECTURES, compile_kernels, usage
 from finial.backends.cuda.kernels import SOURCES, Kernel
-from finial.backends.cuda.mega import layout, room, table
-from finial.backends.cuda.mega.table import make_plan
+from finial.backends.cuda.mega import layout, room
+from finial.backends.cuda.mega.plan import make_plan
 from test_mega_table import REAL, SHARED
 
 MOST_REGISTERS = 168
@@ -55,7 +55,7 @@ def real(name: str, format: str, cache: str, rows: int, sampled: bool, variant: 
         options.pop("fused_mlp", None)
     room = SHARED[capability]
     plan = make_plan(shape, rows=rows, multiprocessors=132, shared=room, sampled=sampled, **options)
-    return table.kernel(plan, 32, bulk=capability >= 90)
+    return plan.kernel(32, bulk=capability >= 90)
 
 
 @pytest.mark.parametrize("capability", list(CHOSEN))
@@ -84,7 +84,7 @@ def test_host_and_kernel_agree(normed: bool, bias: bool, format: str, variant: s
     """Argument structs, kinds of entries, offsets of vectors and sizes, in C++ and in Python."""
     shape = replace(REAL["Qwen3-0.6B"], normed=normed, bias=bias, format=format)
     plan = make_plan(shape, rows=2, multiprocessors=40, shared=227 << 10, sampled=True, **VARIANTS[variant])
-    kernel = table.kernel(plan, 32)
+    kernel = plan.kernel(32)
     parts = f"Parts<{kernel.name}_constants>"
     offsets, stride, after, _ = layout.vectors(shape)
     known = {

@@ -19,8 +19,8 @@ from finial.backends.cuda import driver, run_feeds, ways
 from finial.backends.cuda.device import Launch
 from finial.backends.cuda.mega import layout, table
 from finial.backends.cuda.mega import program as megakernel
+from finial.backends.cuda.mega.plan import Plan, make_plan
 from finial.backends.cuda.mega.program import VARIANTS
-from finial.backends.cuda.mega.table import make_plan
 from finial.backends.cuda.program import CudaProgram, headroom
 from finial.backends.cuda.ways import VARIABLE, Trial, TryOut
 from finial.cli import look
@@ -133,7 +133,7 @@ def test_a_run_that_is_left_changes_nothing_for_the_next(load: Load, reference: 
 
 
 def test_a_table_that_is_wrong_does_not_run(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(*given: Any, **options: Any) -> table.Plan:
+    def wrong(*given: Any, **options: Any) -> Plan:
         made = make_plan(*given, **options)
         made.table[:, :, layout.WAIT][made.table[:, :, layout.KIND] == layout.TOKEN] = -1
         return made
@@ -401,7 +401,7 @@ def test_the_driver_is_asked_for_all_blocks_at_once() -> None:
             assert asked == (77, kernel.threads, kernel.shared)
             return 0, 1
 
-    kernel = table.kernel(make_plan(SMALL, rows=1, multiprocessors=4, shared=99 << 10), 16)
+    kernel = make_plan(SMALL, rows=1, multiprocessors=4, shared=99 << 10).kernel(16)
     device = object.__new__(driver.CudaDevice)
     device._cu, device._context, device._stream, device._cache = Driver(), 0, 0, None
     device.multiprocessors, device.arch, device._functions = 4, "sm_90a", {kernel: 77}

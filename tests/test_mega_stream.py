@@ -10,9 +10,9 @@ import pytest
 
 from finial.backends.cuda.mega import layout
 from finial.backends.cuda.mega.layout import COUNT, FIRST, KIND, LAYER, ROWS
+from finial.backends.cuda.mega.plan import Plan, make_plan
 from finial.backends.cuda.mega.shape import Recognised
 from finial.backends.cuda.mega.stream import Packer, matrices
-from finial.backends.cuda.mega.table import Plan, make_plan
 from finial.backends.cuda.weights import fp8_decoded
 from finial.config import ModelConfig
 from finial.formats import Tensor

@@ -11,8 +11,8 @@ import pytest
 
 from finial.backends.cuda.mega import layout, room
 from finial.backends.cuda.mega.layout import COUNT, FIRST, KIND, PRODUCTS, SIGNAL, STAGES, TARGET, WAIT
+from finial.backends.cuda.mega.plan import Plan, make_plan
 from finial.backends.cuda.mega.shape import MegaShape, Recognised, Unsuited, recognise
-from finial.backends.cuda.mega.table import Plan, make_plan
 from finial.backends.cuda.plan import plan
 from finial.config import ModelConfig, Rope
 from finial.graph import Graph

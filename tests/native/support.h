@@ -57,7 +57,7 @@ double rounded(double x, int bits, int least);
 inline double to_bf16(double x) { return rounded(x, 8, -126); }
 inline double to_f16(double x) { return rounded(x, 11, -14); }
 
-// A row as a cache keeps it; q8_0 as formats.py encodes it.
+// A row as a cache keeps it; q8_0 as quants.py encodes it.
 Doubles cached(CacheType type, const float* x, int64_t n);
 
 double half_value(const uint8_t* p);

@@ -24,6 +24,7 @@ from finial.files.disk import Progress, Slab, require_space
 from finial.files.folder import check_free, new_directory
 from finial.files.gguf_tokenizer import read_gguf_tokenizer, tokenizer_to_gguf
 from finial.files.gguf_writer import write_gguf
+from finial.files.hub import TOKENIZER_FILES
 from finial.files.pth import SUFFIXES, convert_pth, is_pickled
 from finial.files.safetensors import INDEX, SINGLE, Source, write_safetensors
 from finial.files.synth import preset_config
@@ -35,16 +36,6 @@ MAX_TOKENIZER = 256 << 20  # bytes of tokenizer.json; published ones stay below 
 # Format -> ggml's name for a file that is mostly of it (llama.h `enum llama_ftype`).
 FILE_TYPES: Mapping[str, int] = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
 _HF_DTYPE = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 
 
 def convert(

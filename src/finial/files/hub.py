@@ -18,9 +18,7 @@ from pathlib import Path
 from finial.errors import FileError
 from finial.files.hub_download import COMMIT, Cache, Progress, Remote, fetch, translated
 
-SMALL_FILES = (
-    "config.json",
-    "generation_config.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -29,8 +27,8 @@ SMALL_FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
-    "chat_template.json",
 )
+SMALL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES, "chat_template.json")
 INDEX_FILE = "model.safetensors.index.json"
 SHARDS = "model-*-of-*.safetensors"
 

@@ -421,7 +421,7 @@ def sample_ahead(vocab: int, page_size: int, ring: int, ring_rows: int) -> Kerne
 
 
 def mega(*, warps: int, shared: int, **values: int | float | bool | str) -> Kernel:
-    """See mega.cuh; `warps` that compute, one more brings weights; the values are those of mega/table.py."""
+    """See mega.cuh; `warps` that compute, one more brings weights; the values are those of mega/plan.py."""
     constants = _constants(WARPS=warps, **values)
     threads = 32 * (warps + 1)
     return Kernel("mega", "mega.cuh", "MegaArgs", constants, threads, shared=shared, least_arch=80, cooperative=True)

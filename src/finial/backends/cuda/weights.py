@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finial.backends.cuda.kernels import padded
-from finial.formats import Tensor, e4m3
+from finial.formats import Tensor
+from finial.quants import e4m3
 
 Bytes = NDArray[np.uint8]
 _SIZES = {"f32": 4, "bf16": 2, "f16": 2}

@@ -1,4 +1,4 @@
-// Every weight format, block by block, in the arithmetic and the order of formats.py: bit-equal to it.
+// Every weight format, block by block, in the arithmetic and the order of quants.py: bit-equal to it.
 #include "weights.h"
 
 namespace finial::FINIAL_ISA {
@@ -21,7 +21,7 @@ uint32_t word(const uint8_t* p) {
   return out;
 }
 
-// The eight 6-bit scales and minimums of a q4_k or q5_k block (layout: formats.py, _k_scales).
+// The eight 6-bit scales and minimums of a q4_k or q5_k block (layout: quants.py, _k_scales).
 struct KScales {
   float scale[8], minimum[8];
 

@@ -108,7 +108,7 @@ uint16_t to_half(float x) {
   return static_cast<uint16_t>((bits - 0x38000000u + 0xFFF + (bits >> 13 & 1)) >> 13);
 }
 
-// As formats.py encodes: the inverse of the float32 scale, halves away from zero.
+// As quants.py encodes: the inverse of the float32 scale, halves away from zero.
 void store_q8_0(const float* x, uint8_t* out, int64_t n) {
   for (; n > 0; n -= 32, x += 32, out += 34) {
     V top = zero(), poison = zero();

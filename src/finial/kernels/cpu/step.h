@@ -1,9 +1,14 @@
-// What one run of a program needs beside the program. For run.cpp and products.cpp.
+// What one run of a program needs beside the program. For step.cpp, run.cpp and products.cpp.
 #pragma once
+
+#include <stdexcept>
+#include <string>
 
 #include "program.h"
 
 namespace finial {
+
+[[noreturn]] inline void reject(const std::string& message) { throw std::invalid_argument(message); }
 
 inline int64_t rounded(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 

@@ -1,6 +1,6 @@
 // A cached key or value as it lies in memory, by cache format: [slots][key, value][KV_HEADS][ROW_BYTES].
 //
-// A row of D values is padded with zeros to P, a multiple of 16.  Rounding as in formats.py: bf16 to nearest even; q8_0
+// A row of D values is padded with zeros to P, a multiple of 16.  Rounding as in quants.py: bf16 to nearest even; q8_0
 // in blocks of 32 with an f16 scale of absmax / 127.
 #pragma once
 #include "formats.cuh"

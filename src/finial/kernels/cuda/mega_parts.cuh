@@ -1,6 +1,6 @@
 // What all parts of the persistent kernel know: its arguments, its table's entries, what lies where.
 //
-// backends/cuda/mega/layout.py and table.py have the same numbers; tests hold both together.
+// backends/cuda/mega/layout.py and room.py have the same numbers; tests hold both together.
 #pragma once
 #include "attend.cuh"
 #include "ring.cuh"
@@ -123,7 +123,7 @@ struct Parts {
     i32 token[B], position[B], active[B], remaining[B], next[B];
     float inverse[B], squares[B * SQUARES];
   };
-  static_assert(sizeof(State) <= 4096, "table.py leaves so much");
+  static_assert(sizeof(State) <= 4096, "room.py leaves so much");
   // Neurons of a block, as terms: [TERMS, B, OWN], with 16 bytes more a row so that rows lie in other banks.
   static constexpr int OWN_STRIDE = C::OWN + 8, OWN_BYTES = C::MLP ? round_up(ROWS * OWN_STRIDE * 2, 128) : 0;
   static_assert(!C::MLP || (!U::BLOCKS && C::OWN % 8 == 0 && C::TERMS >= 2), "octets of neurons; y lies over x");

@@ -49,8 +49,8 @@ from finial.backends.cuda.mega.layout import (
     WAIT,
 )
 from finial.backends.cuda.mega.memory import accesses, cache, sums
+from finial.backends.cuda.mega.plan import Plan
 from finial.backends.cuda.mega.ring_check import check_ring
-from finial.backends.cuda.mega.table import Plan
 
 _MOST = 4  # findings of one kind that are told
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from finial.backends.cuda.mega import layout
 from finial.backends.cuda.mega.layout import ATTEND, COUNT, END, FIRST, KIND, LAYER, NAMES, SIGNAL, TARGET, WAIT
-from finial.backends.cuda.mega.table import Plan
+from finial.backends.cuda.mega.plan import Plan
 
 MERGE = len(NAMES)  # of an attention item, by whoever finishes its last split
 IDLE = MERGE + 1  # a split for which there are no positions: it waits, and does nothing else

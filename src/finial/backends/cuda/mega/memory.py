@@ -32,7 +32,7 @@ from finial.backends.cuda.mega.layout import (
     SAMPLE,
     TOKEN,
 )
-from finial.backends.cuda.mega.table import Plan
+from finial.backends.cuda.mega.plan import Plan
 
 
 @dataclass

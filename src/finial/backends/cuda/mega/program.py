@@ -25,9 +25,9 @@ from finial.backends.cuda.kernels import Kernel
 from finial.backends.cuda.mega import layout, table
 from finial.backends.cuda.mega.check import check
 from finial.backends.cuda.mega.layout import MOST_ROWS, STOPS
+from finial.backends.cuda.mega.plan import Plan, make_plan
 from finial.backends.cuda.mega.shape import Unsuited, recognise
 from finial.backends.cuda.mega.stream import Packer
-from finial.backends.cuda.mega.table import Plan, make_plan
 from finial.backends.cuda.model import Model
 from finial.backends.cuda.ring import Ring
 from finial.backends.cuda.workspace import Workspace
@@ -262,7 +262,7 @@ class Mega:
 
     def _fits(self, plan: Plan, page_size: int) -> Kernel:
         """The kernel of a plan, all of whose blocks can be at work at once.  Raises Unsuited."""
-        kernel = table.kernel(plan, page_size, bulk=self.device.capability >= 90)
+        kernel = plan.kernel(page_size, bulk=self.device.capability >= 90)
         resident = self.device.resident(kernel)
         if resident < plan.blocks:
             raise Unsuited(f"{resident} of its {plan.blocks} blocks can be at work at once")

@@ -36,8 +36,8 @@ from finial.backends.cuda.mega.layout import (
     ROWS,
     UNIT_K,
 )
+from finial.backends.cuda.mega.plan import Plan
 from finial.backends.cuda.mega.shape import Recognised
-from finial.backends.cuda.mega.table import Plan
 from finial.backends.cuda.weights import pack_matrix
 from finial.formats import Tensor
 

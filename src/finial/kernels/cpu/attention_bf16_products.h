@@ -1,0 +1,217 @@
+// The two products of attention over a bf16 cache: queries times keys (`dots`), weights times values (`mix`), in loops
+// for how many queries meet. For attention_bf16.cpp, which says in which order they sum and how fast they are.
+#pragma once
+
+#include "softmax.h"
+
+#if defined(FINIAL_PACKS_BF16)
+
+namespace finial::FINIAL_ISA {
+
+namespace {
+
+constexpr int64_t BLOCKS = ATTENTION_CHUNK / CACHE_BLOCK;
+constexpr int64_t PAIRS = CACHE_BLOCK / 2;     // pairs of positions of a block
+constexpr int64_t LINE = ATTENTION_CHUNK + W;  // floats of a query's scores: lines of 12 queries fall into sets apart
+constexpr int KEYS = CACHE_BLOCK / W;          // vectors of a block's keys
+constexpr int MOST = 12;                       // queries that meet a block of keys at once
+constexpr int FEW = 3, SLICE = 8;              // queries, and vectors of values, that meet for few queries
+
+int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+FINIAL_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
+
+// Many queries read the same chunk again and again from the second-level cache: each asks for what lies this far on.
+constexpr int WIDE_FROM = 9;
+constexpr int64_t AHEAD = 2048;
+FINIAL_INLINE void prefetch_near(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
+
+// scores[m][k] = q[m] . keys[k] for M queries and a block of keys; q [pairs][M][2]. `next`: what is read later.
+template <int M, bool FETCH>
+void dots(const uint8_t* FINIAL_RESTRICT keys, const uint32_t* FINIAL_RESTRICT q, int64_t pairs,
+          float* FINIAL_RESTRICT scores, const uint8_t* FINIAL_RESTRICT next) {
+  V acc[M][KEYS];
+  for (int m = 0; m < M; ++m)
+    for (int k = 0; k < KEYS; ++k) acc[m][k] = zero();
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < pairs; ++i, keys += CACHE_BLOCK * 4, q += M, next += CACHE_BLOCK * 4) {
+    I key[KEYS];
+    if (FETCH) prefetch(next), prefetch(next + 64);
+    if (M >= WIDE_FROM) prefetch_near(keys + AHEAD), prefetch_near(keys + AHEAD + 64);
+    for (int k = 0; k < KEYS; ++k) key[k] = load_i(keys + k * W * 4);
+    for (int m = 0; m < M; ++m) {
+      const I pair = broadcast(q + m);
+      for (int k = 0; k < KEYS; ++k) acc[m][k] = dot_bf16(acc[m][k], key[k], pair);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int k = 0; k < KEYS; ++k) store(scores + m * LINE + k * W, acc[m][k]);
+}
+
+using Dots = void (*)(const uint8_t*, const uint32_t*, int64_t, float*, const uint8_t*);
+template <bool FETCH>
+constexpr Dots DOTS[MOST + 1] = {nullptr,         dots<1, FETCH>,  dots<2, FETCH>, dots<3, FETCH>, dots<4, FETCH>,
+                                 dots<5, FETCH>,  dots<6, FETCH>,  dots<7, FETCH>, dots<8, FETCH>, dots<9, FETCH>,
+                                 dots<10, FETCH>, dots<11, FETCH>, dots<12, FETCH>};
+
+// Whether what is read after block b lies elsewhere: then it is fetched ahead; hardware does that better within a run.
+bool apart(const uint8_t* const* blocks, int64_t b, int64_t row) {
+  return blocks[b + 1] != blocks[b] + CACHE_BLOCK * 4 * row;
+}
+
+// A chunk's values: [BLOCKS] of [pairs of positions][width][2].
+struct Values {
+  const uint8_t* const* blocks;
+  int64_t width;
+};
+
+// out[m] += sum over pairs i in [from, to) of weights[m][i] . values[i], for M queries and N vectors from element d.
+template <int M, int N, bool FETCH>
+void mix(const float* weights, const Values& values, int64_t from, int64_t to, int64_t d, float* out, int64_t stride) {
+  V acc[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < N; ++v) acc[m][v] = load(out + m * stride + d + v * W);
+  while (from < to) {
+    const uint8_t* value = values.blocks[from / PAIRS] + (from % PAIRS * values.width + d) * 4;
+    const int64_t end = least(to, (from / PAIRS + 1) * PAIRS);
+    const uint8_t* next = FETCH ? value + (values.blocks[from / PAIRS + 1] - values.blocks[from / PAIRS]) : value;
+    for (; from < end; ++from, value += values.width * 4, next += values.width * 4) {
+      if (FETCH)
+        for (int v = 0; v < N; ++v) prefetch(next + v * W * 4);
+      if constexpr (M > N) {
+        I pairs[N];
+        for (int v = 0; v < N; ++v) pairs[v] = load_i(value + v * W * 4);
+        for (int m = 0; m < M; ++m) {
+          const I weight = broadcast(weights + m * LINE + from);
+          for (int v = 0; v < N; ++v) acc[m][v] = dot_bf16(acc[m][v], pairs[v], weight);
+        }
+      } else {
+        I weight[M];
+        for (int m = 0; m < M; ++m) weight[m] = broadcast(weights + m * LINE + from);
+        for (int v = 0; v < N; ++v) {
+          const I pair = load_i(value + v * W * 4);
+          for (int m = 0; m < M; ++m) acc[m][v] = dot_bf16(acc[m][v], pair, weight[m]);
+        }
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < N; ++v) store(out + m * stride + d + v * W, acc[m][v]);
+}
+
+using Mix = void (*)(const float*, const Values&, int64_t, int64_t, int64_t, float*, int64_t);
+template <bool FETCH>
+constexpr Mix NARROW[FEW][SLICE] = {{mix<1, 1, FETCH>, mix<1, 2, FETCH>, mix<1, 3, FETCH>, mix<1, 4, FETCH>,
+                                     mix<1, 5, FETCH>, mix<1, 6, FETCH>, mix<1, 7, FETCH>, mix<1, 8, FETCH>},
+                                    {mix<2, 1, FETCH>, mix<2, 2, FETCH>, mix<2, 3, FETCH>, mix<2, 4, FETCH>,
+                                     mix<2, 5, FETCH>, mix<2, 6, FETCH>, mix<2, 7, FETCH>, mix<2, 8, FETCH>},
+                                    {mix<3, 1, FETCH>, mix<3, 2, FETCH>, mix<3, 3, FETCH>, mix<3, 4, FETCH>,
+                                     mix<3, 5, FETCH>, mix<3, 6, FETCH>, mix<3, 7, FETCH>, mix<3, 8, FETCH>}};
+
+// How the values of a chunk that all queries see whole join those of the chunks before: out = out keep + values take.
+struct Joining {
+  float keep[W], take[W];
+};
+
+// The same for many queries and `pairs` pairs in one run of memory; from nothing if FRESH, joined to what is there if
+// `joining` is not null.
+template <int M, int N, bool FRESH>
+void mix_wide(const float* FINIAL_RESTRICT weights, const uint8_t* FINIAL_RESTRICT value, int64_t row, int64_t pairs,
+              float* FINIAL_RESTRICT out, int64_t stride, const Joining* joining) {
+  V acc[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < N; ++v) acc[m][v] = FRESH ? zero() : load(out + m * stride + v * W);
+  for (int64_t i = 0; i < pairs; ++i, value += row) {
+    I pair[N];
+    for (int v = 0; v < N; ++v) pair[v] = load_i(value + v * W * 4);
+    for (int m = 0; m < M; ++m) {
+      const I weight = broadcast(weights + m * LINE + i);
+      for (int v = 0; v < N; ++v) acc[m][v] = dot_bf16(acc[m][v], pair[v], weight);
+    }
+  }
+  if (joining == nullptr) {
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < N; ++v) store(out + m * stride + v * W, acc[m][v]);
+    return;
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < N; ++v) {
+      float* y = out + m * stride + v * W;
+      store(y, fma(acc[m][v], set1(joining->take[m]), mul(load(y), set1(joining->keep[m]))));
+    }
+}
+
+using Wide = void (*)(const float*, const uint8_t*, int64_t, int64_t, float*, int64_t, const Joining*);
+template <bool FRESH>
+constexpr Wide WIDE[MOST - WIDE_FROM + 1][2] = {{mix_wide<9, 1, FRESH>, mix_wide<9, 2, FRESH>},
+                                                {mix_wide<10, 1, FRESH>, mix_wide<10, 2, FRESH>},
+                                                {mix_wide<11, 1, FRESH>, mix_wide<11, 2, FRESH>},
+                                                {mix_wide<12, 1, FRESH>, mix_wide<12, 2, FRESH>}};
+
+// Slices of two vectors over pairs [from, to), from the second-level cache. What is joined must be one run of memory.
+void mix_all(const float* weights, const Values& values, int64_t count, int64_t from, int64_t to, float* out,
+             int64_t stride, bool fresh, const Joining* joining) {
+  const int64_t vectors = values.width / W, row = values.width * 4;
+  for (int64_t end; from < to; from = end, fresh = false) {
+    int64_t block = from / PAIRS;
+    const uint8_t* value = values.blocks[block] + from % PAIRS * row;
+    while (++block * PAIRS < to && values.blocks[block] == values.blocks[block - 1] + PAIRS * row) {
+    }
+    end = least(to, block * PAIRS);
+    for (int64_t v = 0; v < vectors; v += 2)
+      (fresh ? WIDE<true> : WIDE<false>)[count -
+          WIDE_FROM][vectors - v > 1](weights + from, value + v* W* 4, row, end - from, out + v* W, stride, joining);
+  }
+}
+
+// Whole pairs [from, to) for `count` queries. Many: slices of two vectors over all of them, from the second-level
+// cache. Few: whole values, so that memory is read in order; block by block if that takes more than one go.
+void mix_pairs(const float* weights, const Values& values, int64_t count, int64_t from, int64_t to, float* out,
+               int64_t stride, bool fetch) {
+  const int64_t vectors = values.width / W;
+  if (count >= WIDE_FROM) return mix_all(weights, values, count, from, to, out, stride, false, nullptr);
+  const int64_t turns = (count + FEW - 1) / FEW;
+  for (int64_t end; from < to; from = end) {
+    const int64_t block = from / PAIRS;
+    const bool far = fetch && apart(values.blocks, block, values.width / 2);
+    end = least(to, (block + 1) * PAIRS);
+    if (turns == 1 && vectors <= SLICE && !far)
+      while (end < to && !(fetch && apart(values.blocks, end / PAIRS, values.width / 2))) end = least(to, end + PAIRS);
+    for (int64_t turn = 0; turn < turns; ++turn) {
+      const int64_t m = count * turn / turns, size = count * (turn + 1) / turns - m;
+      const Mix* few = far && turn == 0 ? NARROW<true>[size - 1] : NARROW<false>[size - 1];
+      for (int64_t v = 0; v < vectors; v += SLICE)
+        few[least(SLICE, vectors - v) - 1](weights + m * LINE, values, from, end, v * W, out + m * stride, stride);
+    }
+  }
+}
+
+// One position of a pair: the odd one, or the even one.
+void mix_half(const float* weights, const Values& values, int64_t count, int64_t at, float* out, int64_t stride) {
+  const int64_t i = at / 2;
+  const uint8_t* value = values.blocks[i / PAIRS] + i % PAIRS * values.width * 4;
+  for (int64_t m = 0; m < count; ++m) {
+    const I weight = broadcast(weights + m * LINE + i);
+    for (int64_t d = 0; d < values.width; d += W) {
+      const I pair = load_i(value + d * 4);
+      float* y = out + m * stride + d;
+      store(y, dot_bf16(load(y), at % 2 == 0 ? even_halves(pair) : odd_halves(pair), weight));
+    }
+  }
+}
+
+void mix_span(const float* weights, const Values& values, int64_t count, Span span, float* out, int64_t stride,
+              bool fetch) {
+  if (span.from >= span.to) return;
+  if (span.from % 2 != 0) mix_half(weights, values, count, span.from, out, stride);
+  mix_pairs(weights, values, count, (span.from + 1) / 2, span.to / 2, out, stride, fetch);
+  if (span.to % 2 != 0) mix_half(weights, values, count, span.to - 1, out, stride);
+}
+
+}  // namespace
+
+}  // namespace finial::FINIAL_ISA
+
+#endif
