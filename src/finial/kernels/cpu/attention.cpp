@@ -42,7 +42,7 @@ int64_t padded(int64_t n) { return (n + STEP - 1) / STEP * STEP; }
 
 FINIAL_INLINE void prefetch(const uint8_t* p) {
 #if defined(__GNUC__)
-  __builtin_prefetch(p, 0, 2);  // to the second level: the first keeps too few misses in flight
+  __builtin_prefetch(p, 0, 3);  // to the second level: the first keeps too few misses in flight
 #else
   (void)p;
 #endif
@@ -51,9 +51,7 @@ FINIAL_INLINE void prefetch(const uint8_t* p) {
 // How a row of keys or values is taken apart: elements [d, d + STEP) as two vectors, in an order of the type's own, in
 // which queries and outputs are kept too.  pair_n  takes the first n of them, the rest zero.
 struct RowF32 {
-  FINIAL_INLINE void fetch(const uint8_t* row, int64_t d) {
-    for (int64_t at = 0; at < STEP * 4; at += LINE) prefetch(row + 4 * d + at);
-  }
+  static constexpr int64_t bytes(int64_t n) { return 4 * n; }
   FINIAL_INLINE void pair(const uint8_t* row, int64_t d, V& a, V& b) {
     a = load(reinterpret_cast<const float*>(row) + d);
     b = load(reinterpret_cast<const float*>(row) + d + W);
@@ -68,7 +66,7 @@ struct RowF32 {
 };
 
 struct RowBF16 {
-  FINIAL_INLINE void fetch(const uint8_t* row, int64_t d) { prefetch(row + 2 * d); }
+  static constexpr int64_t bytes(int64_t n) { return 2 * n; }
   FINIAL_INLINE void pair(const uint8_t* row, int64_t d, V& a, V& b) { load_bf16_pair(row + 2 * d, a, b); }
   FINIAL_INLINE void pair_n(const uint8_t* row, int64_t d, int64_t n, V& a, V& b) {
     load_bf16_pair_n(row + 2 * d, n, a, b);
@@ -88,7 +86,7 @@ struct RowBF16 {
 };
 
 struct RowQ8_0 {  // blocks of 32: f16 d, int8 q[32]; d q is exact in float32. Rows are whole blocks, and those pairs
-  FINIAL_INLINE void fetch(const uint8_t* row, int64_t d) { prefetch(row + d / 32 * 34); }
+  static constexpr int64_t bytes(int64_t n) { return n * 34 / 32; }
   FINIAL_INLINE void pair(const uint8_t* row, int64_t d, V& a, V& b) {
     const uint8_t* block = row + d / 32 * 34;
     const V scale = set1_half(block);
@@ -100,11 +98,28 @@ struct RowQ8_0 {  // blocks of 32: f16 d, int8 q[32]; d q is exact in float32. R
   FINIAL_INLINE void restore(float*) {}
 };
 
+// Rows that are asked for line after line, in the order in which they lie: in that order alone the processor fetches
+// further by itself, while what is computed meanwhile takes parts of several rows in turn.
+struct Ahead {
+  const uint8_t *const *row, *const *end;
+  int64_t bytes, at;  // of a row; within it
+
+  template <int64_t COUNT>
+  FINIAL_INLINE void ask(Ahead& a) {  // COUNT bytes, in whole lines
+    for (int64_t i = 0; i < COUNT && a.row < a.end; i += LINE) {
+      prefetch(*a.row + a.at);
+      a.at += LINE;
+      if (a.at >= a.bytes) ++a.row, a.at = 0;
+    }
+  }
+};
+
 // Elements [d, d + STEP) of Q queries' dot products with W / Q keys; of the first n - d of them if PART.
 template <class Row, int Q, bool PART, bool FETCH>
 FINIAL_INLINE void dot_step(const float* q, int64_t stride, const uint8_t* const* keys, int64_t d, int64_t n,
-                            V (&acc)[W]) {
+                            Ahead& ahead, V (&acc)[W]) {
   constexpr int KEYS = W / Q;
+  if (FETCH) Ahead::ask<Row::bytes(KEYS * STEP)>(ahead);
   V first[Q], second[Q];
 #pragma GCC unroll 4
   for (int j = 0; j < Q; ++j) {
@@ -114,7 +129,6 @@ FINIAL_INLINE void dot_step(const float* q, int64_t stride, const uint8_t* const
 #pragma GCC unroll 16
   for (int k = 0; k < KEYS; ++k) {
     V a, b;
-    if (FETCH) Row::fetch(keys[k + AHEAD], d);
     if (PART) Row::pair_n(keys[k], d, n - d, a, b);
     if (!PART) Row::pair(keys[k], d, a, b);
 #pragma GCC unroll 4
@@ -131,9 +145,10 @@ void dots(const float* q, int64_t stride, const uint8_t* const* keys, int64_t n,
   V acc[W];
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) acc[i] = zero();
+  Ahead ahead{keys + AHEAD, keys + AHEAD + KEYS, Row::bytes(n), 0};
   int64_t d = 0;
-  for (; d + STEP <= n; d += STEP) dot_step<Row, Q, false, FETCH>(q, stride, keys, d, n, acc);
-  if (d < n) dot_step<Row, Q, true, FETCH>(q, stride, keys, d, n, acc);
+  for (; d + STEP <= n; d += STEP) dot_step<Row, Q, false, FETCH>(q, stride, keys, d, n, ahead, acc);
+  if (d < n) dot_step<Row, Q, true, FETCH>(q, stride, keys, d, n, ahead, acc);
   float each[W];
   store(each, mul(sum_each(acc), scale));
   for (int j = 0; j < Q; ++j) std::memcpy(scores + j * CHUNK_LENGTH, each + j * KEYS, KEYS * sizeof(float));
@@ -141,7 +156,7 @@ void dots(const float* q, int64_t stride, const uint8_t* const* keys, int64_t n,
 
 // out[j][e] += sum over i in [from, to), ascending, of p[j][i] values[i][e], for PAIRS pairs of vectors from element d.
 template <class Row, int Q, int PAIRS, bool PART, bool FETCH>
-void weigh(const float* p, const uint8_t* const* values, int64_t from, int64_t to, int64_t d, int64_t n,
+void weigh(const float* p, const uint8_t* const* values, int64_t from, int64_t to, int64_t d, int64_t n, Ahead& ahead,
            float* const* out) {
   V acc[Q][2 * PAIRS];
 #pragma GCC unroll 4
@@ -149,13 +164,13 @@ void weigh(const float* p, const uint8_t* const* values, int64_t from, int64_t t
 #pragma GCC unroll 8
     for (int x = 0; x < 2 * PAIRS; ++x) acc[j][x] = load(out[j] + d + x * W);
   for (int64_t i = from; i < to; ++i) {
+    if (FETCH) Ahead::ask<Row::bytes(PAIRS * STEP)>(ahead);
     V weight[Q];
 #pragma GCC unroll 4
     for (int j = 0; j < Q; ++j) weight[j] = set1(p[j * CHUNK_LENGTH + i]);
 #pragma GCC unroll 4
     for (int x = 0; x < PAIRS; ++x) {
       V a, b;
-      if (FETCH) Row::fetch(values[i + AHEAD], d + x * STEP);
       if (PART) Row::pair_n(values[i], d + x * STEP, n - d, a, b);
       if (!PART) Row::pair(values[i], d + x * STEP, a, b);
 #pragma GCC unroll 4
@@ -175,14 +190,16 @@ template <class Row, int Q, bool FETCH>
 void weigh_rows(const float* p, const uint8_t* const* values, int64_t from, int64_t to, int64_t n, float* const* out) {
   if (from >= to) return;
   constexpr int PAIRS = Q == 4 ? SLICE / 2 : SLICE;
+  Ahead ahead{values + from + AHEAD, values + to + AHEAD, Row::bytes(n), 0};
   int64_t d = 0;
-  for (; d + PAIRS * STEP <= n; d += PAIRS * STEP) weigh<Row, Q, PAIRS, false, FETCH>(p, values, from, to, d, n, out);
+  for (; d + PAIRS * STEP <= n; d += PAIRS * STEP)
+    weigh<Row, Q, PAIRS, false, FETCH>(p, values, from, to, d, n, ahead, out);
   if (PAIRS > 2 && d + 2 * STEP <= n) {
-    weigh<Row, Q, 2, false, FETCH>(p, values, from, to, d, n, out);
+    weigh<Row, Q, 2, false, FETCH>(p, values, from, to, d, n, ahead, out);
     d += 2 * STEP;
   }
-  for (; d + STEP <= n; d += STEP) weigh<Row, Q, 1, false, FETCH>(p, values, from, to, d, n, out);
-  if (d < n) weigh<Row, Q, 1, true, FETCH>(p, values, from, to, d, n, out);
+  for (; d + STEP <= n; d += STEP) weigh<Row, Q, 1, false, FETCH>(p, values, from, to, d, n, ahead, out);
+  if (d < n) weigh<Row, Q, 1, true, FETCH>(p, values, from, to, d, n, ahead, out);
 }
 
 // The part of each query's span that lies in [from, to). What the queries have in common is taken together.
