@@ -224,7 +224,7 @@ def test_attention_does_not_see_the_pages(
 # --- programs -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_buffers_and_barriers(data: st.DataObject) -> None:
     """Random graphs of shared, reused and dying values: what the arena reuses and where threads wait is right."""

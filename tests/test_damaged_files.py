@@ -455,13 +455,13 @@ HEADERS = [
 
 
 @given(st.sampled_from(HEADERS), EDITS)
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 def test_fuzzed_gguf(scratch: Path, valid: bytes, edits: list[tuple[float, bytes, str]]) -> None:
     survives(open_gguf, replaced(scratch / "x.gguf", edited(valid, edits)))
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_random_bytes(scratch: Path, noise: bytes) -> None:
     survives(open_gguf, replaced(scratch / "x.gguf", b"GGUF" + struct.pack("<I", 3) + noise))
     survives(open_gguf, replaced(scratch / "x.gguf", noise))
@@ -470,7 +470,7 @@ def test_random_bytes(scratch: Path, noise: bytes) -> None:
 
 
 @given(EDITS)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_fuzzed_safetensors(scratch: Path, edits: list[tuple[float, bytes, str]]) -> None:
     valid = safetensors(
         {"__metadata__": {"a": "b"}, "w": entry((8,), end=32), "v": entry((4, 4), start=32, dtype="BF16")}
@@ -494,13 +494,13 @@ ENTRY = st.fixed_dictionaries(
 
 
 @given(st.dictionaries(st.text(max_size=3), ENTRY | JSON, max_size=3))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_fuzzed_safetensors_entries(scratch: Path, header: dict[str, Any]) -> None:
     survives(open_safetensors, replaced(scratch / "x.safetensors", safetensors(header)))
 
 
 @given(JSON | st.fixed_dictionaries({"weight_map": st.dictionaries(st.text(max_size=3), JSON, max_size=3)}))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_fuzzed_safetensors_index(scratch: Path, index: Any) -> None:
     directory = scratch / INDEX.removesuffix(".json")
     directory.mkdir(exist_ok=True)

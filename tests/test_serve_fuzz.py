@@ -65,7 +65,7 @@ def test_requests_made_from_the_document(server: Live, path: str) -> None:
     from hypothesis import given
 
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-    run = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=checks, database=None)
+    run = settings(max_examples=40, derandomize=True, suppress_health_check=checks, database=None)
     run(given(strategy)(send))()
     assert statuses
 
