@@ -8,27 +8,14 @@ import re
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import msgspec
 
-HUNG_S = 60.0  # nothing that is waited for takes nearly so long, on a busy machine either
-
-
-def until(true: Callable[[], bool], said: Callable[[], str] = lambda: "") -> None:
-    """Wait for something that is certain to come.
-
-    Args:
-        said: what to say when it does not.
-    """
-    end = time.monotonic() + HUNG_S
-    while not true():
-        assert time.monotonic() < end, said()
-        time.sleep(0.01)
+from waiting import HUNG_S, until
 
 
 class Live:

@@ -42,7 +42,7 @@ def finial_(*arguments: str, stdin: str | None = None, **changes: str) -> subpro
     """A real process with pipes; without `stdin` there is none to read."""
     given = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=110, env=environment(**changes), **given
+        command(*arguments), capture_output=True, text=True, timeout=250, env=environment(**changes), **given
     )
 
 

@@ -19,7 +19,7 @@ from finial import LLM
 from finial.errors import FileError
 from finial.jobs import run_local, run_ray
 from finial.jobs_file import MAX_LINE, JobFiles, first_model
-from serving import until
+from waiting import until
 
 
 def request(name: object, tokens: int = 8, **body: Any) -> str:

@@ -15,7 +15,8 @@ import pytest
 
 from brake import Brake
 from browser import Browser, Page
-from serving import Live, live, until
+from serving import Live, live
+from waiting import until
 
 ANSWERED = "document.querySelector('#turns').childElementCount == {} && !document.querySelector('.speaking')"
 BEGUN = "document.querySelector('.speaking .prose')?.textContent.length > 0"

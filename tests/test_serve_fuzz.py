@@ -18,7 +18,8 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.core.result import Ok
 
-from serving import HUNG_S, Live, live
+from serving import Live, live
+from waiting import HUNG_S
 
 OPERATIONS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/v1/models/{name}")
 FEW = {"max_tokens": 2, "n": 1}  # valid requests are answered, and are to be short

@@ -24,7 +24,8 @@ from finial.errors import RequestError
 from finial.serve.app import Gate, build_app
 from finial.serve.guard import is_loopback
 from finial.serve.server import Settings
-from serving import HUNG_S, Live, live, until
+from serving import Live, live
+from waiting import HUNG_S, until
 
 KEY = "correct horse battery"
 ONE = ("demo", "--max-batch", "1", "--max-context", "1024", "--max-step-tokens", "8")
