@@ -318,5 +318,5 @@ def test_the_log_has_numbers_and_text_only_when_asked() -> None:
 
 def test_a_port_that_is_taken_is_named(server: Live) -> None:
     command = [sys.executable, "-m", "finial.cli", "serve", "demo", "--port", str(server.port)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HUNG_S)
     assert done.returncode == 2 and str(server.port) in done.stderr and "--port" in done.stderr
