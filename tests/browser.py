@@ -153,7 +153,7 @@ class Browser:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         self._process.terminate()
-        self._process.wait(10)
+        self._process.wait(60)
         self._process.stdout.close()
         self._profile.cleanup()
 

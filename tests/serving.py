@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import msgspec
+
+from waiting import HUNG_S, until
 
 
 class Live:
@@ -51,14 +52,14 @@ class Live:
         return int(self.url.rpartition(":")[2])
 
     def ask(
-        self, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout: float = 20
+        self, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> tuple[int, Any, dict[str, str]]:
         """(status, decoded body, headers) of one request: a POST of JSON when there is a body."""
         data = body if body is None or isinstance(body, bytes) else msgspec.json.encode(body)
         kind = {} if data is None else {"Content-Type": "application/json"}
         request = Request(self.url + path, data=data, headers={**kind, **(headers or {})})
         try:
-            with urlopen(request, timeout=timeout) as reply:
+            with urlopen(request, timeout=HUNG_S) as reply:
                 status, raw, got = reply.status, reply.read(), reply.headers.items()
         except HTTPError as error:
             with error:
@@ -69,13 +70,15 @@ class Live:
         is_json = names.get("content-type", "").startswith("application/json")
         return status, msgspec.json.decode(raw) if is_json else raw.decode(), names
 
-    def ready(self, timeout: float = 60, key: str | None = None) -> Live:
+    def ready(self, key: str | None = None) -> Live:
         """Itself, once it answers."""
-        end = time.monotonic() + timeout
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        while self.ask("/ready", headers=headers)[0] != 200:
-            assert time.monotonic() < end and self.process.poll() is None, "".join(self.lines)
-            time.sleep(0.05)
+
+        def answers() -> bool:
+            assert self.process.poll() is None, "".join(self.lines)
+            return self.ask("/ready", headers=headers)[0] == 200
+
+        until(answers, lambda: "".join(self.lines))
         return self
 
     def metric(self, name: str) -> float:
@@ -84,22 +87,19 @@ class Live:
         found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
-    def eventually(self, name: str, value: float, timeout: float = 10) -> None:
+    def eventually(self, name: str, value: float) -> None:
         """Wait for a number of /metrics."""
-        end = time.monotonic() + timeout
-        while self.metric(name) != value:
-            assert time.monotonic() < end, f"{name} is {self.metric(name)}, not {value}"
-            time.sleep(0.02)
+        until(lambda: self.metric(name) == value, lambda: f"{name} is {self.metric(name)}, not {value}")
 
     def stop(self) -> int:
         """End it and return its exit code."""
         if self.process.poll() is None:
             self.process.terminate()
         try:
-            return self.process.wait(30)
+            return self.process.wait(HUNG_S)
         finally:
             self.process.kill()
-            self._reader.join(5)
+            self._reader.join(HUNG_S)
             assert self.process.stderr is not None
             self.process.stderr.close()
 

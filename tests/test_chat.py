@@ -306,10 +306,10 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_are_stopped(name: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(FileError):
         ChatTemplate(BOMBS[name], max_seconds=0.2).render(CONVERSATIONS[0])
-    assert time.monotonic() - start < 3  # the limit, compiling, and a slow machine
+    assert time.process_time() - start < 3  # the limit, compiling, and a slow machine; a busy one does not count
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown / (1024 if sys.platform != "darwin" else 1 << 20) < 100, "MB"
 
@@ -372,10 +372,10 @@ def test_messages_are_not_changed_and_content_is_data() -> None:
 
 def test_long_conversation_is_fast() -> None:
     messages = [{"role": role, "content": "word " * 100} for _ in range(500) for role in ("user", "assistant")]
-    start = time.monotonic()
+    start = time.process_time()
     text = ChatTemplate(QWEN3).render(messages)
     assert len(text) > 500_000
-    assert time.monotonic() - start < 1.5
+    assert time.process_time() - start < 1.5
 
 
 def test_threads_share_a_template() -> None:

@@ -36,7 +36,7 @@ def row(random: np.random.Generator, size: int, kind: str) -> np.ndarray:
     return logits
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     size=st.one_of(st.integers(1, 200), st.integers(1000, 9000)),
     kind=st.sampled_from(["plain", "ties", "flat", "peaked", "forbidden"]),

@@ -42,7 +42,7 @@ def finial_(*arguments: str, stdin: str | None = None, **changes: str) -> subpro
     """A real process with pipes; without `stdin` there is none to read."""
     given = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=60, env=environment(**changes), **given
+        command(*arguments), capture_output=True, text=True, timeout=250, env=environment(**changes), **given
     )
 
 
@@ -74,13 +74,14 @@ def test_help_is_light_and_quick() -> None:
     code = "import sys; from finial.cli import invoke; invoke(['--help']); sys.exit('numpy' in sys.modules)"
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
+        before = os.times()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
-        seconds.append(time.perf_counter() - started)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
         assert done.returncode == 0, "finial --help imports numpy"
     for name in ("run", "chat", "info", "doctor", "pull", "convert", "synth"):
         assert re.search(rf"\b{name}\b", done.stdout)
-    assert min(seconds) < 0.4 * 3, "0.4 s on a quiet machine; the tests run on busy ones"
+    assert min(seconds) < 0.4 * 3, "0.4 s of processor time on a quiet machine; the tests run on busy ones"
 
 
 def test_version(call: Call) -> None:
@@ -300,6 +301,17 @@ class Terminal:
             assert self._read(0.2), f"ended without {words}: {self.shown[start:]!r}"
         return self.shown[start:]
 
+    def asked(self) -> None:
+        """Wait for the prompt, and until the process sleeps: readline listens for signals a moment after it."""
+        self.until("> ")
+        state, deadline = Path(f"/proc/{self.process.pid}/stat"), time.monotonic() + 40
+        if not state.exists():  # a system without /proc
+            time.sleep(0.5)
+            return
+        while state.read_text().rsplit(")", 1)[1].split()[0] != "S":
+            assert time.monotonic() < deadline, "it does not wait"
+            time.sleep(0.01)
+
     def _read(self, wait_s: float) -> bool:
         if not select.select([self._leader], [], [], wait_s)[0]:
             return True
@@ -320,7 +332,7 @@ class Terminal:
         deadline = time.monotonic() + 40
         while self._read(0.2):
             assert time.monotonic() < deadline, f"does not end: {self.shown!r}"
-        code = self.process.wait(timeout=20)
+        code = self.process.wait(timeout=60)
         os.close(self._leader)
         return code, self.shown
 
@@ -374,22 +386,20 @@ def test_control_c_keeps_the_text() -> None:
         env=environment(),
     )
     assert process.stdout is not None
-    first = os.read(process.stdout.fileno(), 1)
-    time.sleep(0.3)
+    first = b"".join(os.read(process.stdout.fileno(), 1) for _ in range(20))
     process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(timeout=20)
+    rest, errors = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED
     assert "stopped after" in errors.decode() and "Traceback" not in errors.decode()
     text = (first + rest).decode()
     with LLM("demo", threads=1) as llm:
         expected = llm.generate("To be", max_tokens=1000, ignore_eos=True).text
-    assert text.endswith("\n") and expected.startswith(text.removesuffix("\n")) and len(text) > 1
+    assert text.endswith("\n") and expected.startswith(text.removesuffix("\n")) and len(text) > 20
 
 
-def test_control_c_in_a_terminal() -> None:
+def test_control_c_in_a_terminal(greedy_text: str) -> None:
     terminal = Terminal("run", "-p", "To be", *LONG, "--stats")
-    terminal.until("To be", "\n")
-    time.sleep(0.3)
+    terminal.until(*greedy_text.splitlines()[:2])
     terminal.type("\x03")
     code, shown = terminal.end()
     assert code == INTERRUPTED and "stopped after" in shown and "decode" in shown and "Traceback" not in shown
@@ -406,7 +416,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert process.stdout is not None and process.stderr is not None
     os.read(process.stdout.fileno(), 1)
     process.stdout.close()
-    assert process.wait(timeout=30) == BROKEN_PIPE
+    assert process.wait(timeout=60) == BROKEN_PIPE
     assert process.stderr.read() == b""
     process.stderr.close()
 
@@ -452,12 +462,13 @@ def endless(folder: Path) -> str:
 
 def test_a_conversation_in_a_terminal_with_an_interrupted_answer(tmp_path: Path) -> None:
     model = endless(tmp_path)
+    with LLM(model, threads=1) as llm:
+        answer = llm.chat([{"role": "user", "content": "Good morrow!"}], max_tokens=40).text
     terminal = Terminal("chat", model, "--max-tokens", "900", "--temperature", "0", "--backend", "reference")
     greeting = terminal.until("/help shows", "> ")
     assert "greedy" in greeting and "qwen3" in greeting
     terminal.type("Good morrow!\n")
-    terminal.until("Good morrow!\r\n")
-    time.sleep(0.5)
+    terminal.until("Good morrow!\r\n", answer.splitlines()[0])
     terminal.type("\x03")
     terminal.until("stopped after", "> ")
     terminal.type("/stats\n")
@@ -469,8 +480,7 @@ def test_a_conversation_in_a_terminal_with_an_interrupted_answer(tmp_path: Path)
 
 def test_control_c_at_the_prompt_ends() -> None:
     terminal = Terminal("chat", "demo")
-    terminal.until("> ")
-    time.sleep(0.5)  # readline shows the prompt a moment before it listens for signals
+    terminal.asked()
     terminal.type("\x03")
     code, shown = terminal.end()
     assert code == INTERRUPTED and "Traceback" not in shown

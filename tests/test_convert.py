@@ -110,7 +110,7 @@ def _llama_cpp(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         input=json.dumps(jobs),
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=250,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -31,17 +31,17 @@ EXTREMES = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**62, 2**63 - 1, 2**63, 2
 
 
 @contextmanager
-def frugal(megabytes: float = 100, seconds: float = 10) -> Iterator[None]:
-    """The block allocates less than that at any moment (NumPy's arrays counted) and ends in time."""
+def frugal(megabytes: float = 100, seconds: float = 60) -> Iterator[None]:
+    """The block allocates less than that at any moment (NumPy's arrays counted) and takes less processor time."""
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         yield
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak < megabytes * 1e6
-    assert time.perf_counter() - start < seconds
+    assert time.process_time() - start < seconds
 
 
 def replaced(path: Path, content: bytes) -> Path:
@@ -221,12 +221,12 @@ def test_gguf_lies_in_a_huge_file(tmp_path: Path) -> None:
         replaced(path, b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + claim)
         with path.open("r+b") as file:
             file.truncate(16 << 30)
-        with frugal(80, 10):
+        with frugal(80):
             refused(open_gguf, path)
     replaced(path, b"GGUF" + struct.pack("<IQQ", 3, 2**16, 0))
     with path.open("r+b") as file:
         file.truncate(16 << 30)
-    with frugal(80, 10):
+    with frugal(80):
         refused(open_gguf, path)
 
 
@@ -332,7 +332,7 @@ def test_safetensors_lies_in_a_huge_file(tmp_path: Path) -> None:
         replaced(path, safetensors(b'{"w":', length=length))
         with path.open("r+b") as file:
             file.truncate(16 << 30)
-        with frugal(100, 10):
+        with frugal():
             refused(open_safetensors, path)
 
 
@@ -455,13 +455,13 @@ HEADERS = [
 
 
 @given(st.sampled_from(HEADERS), EDITS)
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 def test_fuzzed_gguf(scratch: Path, valid: bytes, edits: list[tuple[float, bytes, str]]) -> None:
     survives(open_gguf, replaced(scratch / "x.gguf", edited(valid, edits)))
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_random_bytes(scratch: Path, noise: bytes) -> None:
     survives(open_gguf, replaced(scratch / "x.gguf", b"GGUF" + struct.pack("<I", 3) + noise))
     survives(open_gguf, replaced(scratch / "x.gguf", noise))
@@ -470,7 +470,7 @@ def test_random_bytes(scratch: Path, noise: bytes) -> None:
 
 
 @given(EDITS)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_fuzzed_safetensors(scratch: Path, edits: list[tuple[float, bytes, str]]) -> None:
     valid = safetensors(
         {"__metadata__": {"a": "b"}, "w": entry((8,), end=32), "v": entry((4, 4), start=32, dtype="BF16")}
@@ -494,13 +494,13 @@ ENTRY = st.fixed_dictionaries(
 
 
 @given(st.dictionaries(st.text(max_size=3), ENTRY | JSON, max_size=3))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_fuzzed_safetensors_entries(scratch: Path, header: dict[str, Any]) -> None:
     survives(open_safetensors, replaced(scratch / "x.safetensors", safetensors(header)))
 
 
 @given(JSON | st.fixed_dictionaries({"weight_map": st.dictionaries(st.text(max_size=3), JSON, max_size=3)}))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_fuzzed_safetensors_index(scratch: Path, index: Any) -> None:
     directory = scratch / INDEX.removesuffix(".json")
     directory.mkdir(exist_ok=True)

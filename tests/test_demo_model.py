@@ -175,7 +175,7 @@ def test_chat_answers_with_a_speech_that_ends(model: Any, tokenizer: Tokenizer) 
 def test_trains_from_a_text_in_one_command(play: Path, tmp_path: Path) -> None:
     out = tmp_path / "made"
     command = [sys.executable, str(TOOL), "--text", str(play), "--out", str(out), "--steps", "4", *SMALL.split()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert "held-out loss" in done.stdout and "step 4/4" in done.stderr
     assert {path.name for path in out.iterdir()} == {*NAMES, "README.md"}

@@ -232,7 +232,7 @@ KINDS = {
 }
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     requests=REQUESTS,
     page_size=st.integers(1, 9),

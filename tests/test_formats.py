@@ -97,7 +97,7 @@ def test_encoding_is_bit_equal_to_ggml(name: str, seed: int) -> None:
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=32, max_size=32))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_float_bits_encode_to_bf16_as_ggml_does(bits: list[int]) -> None:
     values = np.array(bits, np.uint32).view(np.float32)
     expected = gguf.quants.quantize(values, gguf_type("bf16"))

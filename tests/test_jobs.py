@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from brake import Brake
 from finial import LLM
 from finial.errors import FileError
 from finial.jobs import run_local, run_ray
 from finial.jobs_file import MAX_LINE, JobFiles, first_model
+from waiting import until
 
 
 def request(name: object, tokens: int = 8, **body: Any) -> str:
@@ -152,34 +154,21 @@ def test_the_model_that_the_first_line_names(tmp_path: Path) -> None:
 
 
 def test_kill_9_in_the_middle_then_a_rerun(tmp_path: Path) -> None:
-    count = 60
-    source = write(tmp_path / "in.jsonl", [request(f"r{i}", 5 + i % 40) for i in range(count)])
-    target = tmp_path / "out.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "finial.cli",
-        "batch",
-        str(source),
-        str(target),
-        "--threads",
-        "1",
-        "--max-batch",
-        "2",
-    ]
-    killed = 0
-    for share in (0.1, 0.5):  # twice
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while process.poll() is None:
-            if target.exists() and target.read_bytes().count(b"\n") > share * count:
-                process.kill()
-                killed += process.wait() == -signal.SIGKILL
-                break
-            time.sleep(0.002)
+    count = 60  # requests, which take some 640 steps, two at a time
+    source = write(tmp_path / "in.jsonl", [request(f"r{i}", 5 + i % 40, ignore_eos=True) for i in range(count)])
+    target, brake = tmp_path / "out.jsonl", Brake(tmp_path)
+    arguments = ["batch", str(source), str(target), "--threads", "1", "--max-batch", "2"]
+    command = [sys.executable, "-m", "finial.cli", *arguments]
+    for lines, steps in ((6, 150), (30, 400)):  # killed twice, before it may be over
+        brake.hold(steps)
+        braked = [sys.executable, "-c", f"{brake.code}\nfrom finial.cli import main\nmain()", *arguments]
+        process = subprocess.Popen(braked, stderr=subprocess.DEVNULL)
+        until(lambda lines=lines: target.exists() and target.read_bytes().count(b"\n") > lines)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     before = target.read_bytes()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert killed, "it was over before it was killed"
     got = answers(target)
     assert [line["custom_id"] for line in got] == [f"r{i}" for i in range(count)]
     assert all(line["response"]["status_code"] == 200 for line in got)

@@ -169,5 +169,5 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.check()
 
 
-PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
 TestPool = PoolMachine.TestCase

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from finial.lab import session
+from finial.lab import checks, session
 from finial.lab.analysis import energy
 from finial.lab.engines.table import ENGINES
 from finial.lab.plan import Plan
@@ -37,6 +37,7 @@ from finial.lab.session import Model, Session
 from finial.lab.workloads import Sizes
 from finial.machine import Sources
 from machines import linux, write
+from waiting import HUNG_S, until
 
 MIB = 1 << 20
 
@@ -176,9 +177,8 @@ def test_device_memory_is_what_came_on_top(tmp_path: Path) -> None:
     board.used = 500 * MIB
     with MemoryProbe(10, nvidia(tmp_path, board, process(10, 1, 4)), interval_s=0.005) as probe:
         board.used = 2500 * MIB
-        deadline = time.monotonic() + 10
-        while probe.peak().samples < 3 and time.monotonic() < deadline:
-            time.sleep(0.005)
+        seen = probe.peak().samples
+        until(lambda: probe.peak().samples > seen + 1)  # the first may have begun before
         board.used = 700 * MIB
     assert probe.peak().device_bytes == 2000 * MIB
 
@@ -197,7 +197,7 @@ def test_memory_of_a_real_child_and_its_child() -> None:
         now = probe.now()
         child.stdin.write(b"x\n")
         child.stdin.flush()
-        child.wait(20)
+        child.wait(HUNG_S)
     peak = probe.peak()
     if now is None:
         pytest.skip("this system does not say what a process holds")
@@ -319,9 +319,7 @@ input()
 """
     meter = AppleMeter([sys.executable, "-c", code, str(tmp_path / "samples")])
     try:
-        deadline = time.monotonic() + 10
-        while meter.read().joules.get(AppleMeter.NAME, 0) < 1 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: meter.read().joules.get(AppleMeter.NAME, 0) >= 1)
         assert meter.read().joules == {AppleMeter.NAME: pytest.approx(1.0)}, "the second sample has not ended yet"
     finally:
         meter.close()
@@ -370,6 +368,7 @@ def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, meter: Meter) -> Dat
     """The record of a run of finial on the demo model, with such a meter."""
     monkeypatch.setattr(session, "WINDOW_S", 0.01)
     monkeypatch.setattr(session, "IDLE_S", 0.01)
+    monkeypatch.setattr(checks, "LATE_S", HUNG_S)
     model = Model.find("demo")
     places = model.places(folder / "engines", {}, folder)
     plan = Plan.of(["decode"], Sizes(generate=(9,), depth=(8,), rounds=2), threads=[1], usable=1)

@@ -164,7 +164,7 @@ def test_another_format(llm: LLM) -> None:
 # --- batches ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prompts=st.lists(st.lists(st.integers(3, 40), min_size=1, max_size=50), min_size=1, max_size=5),
     page_size=st.sampled_from([1, 5, 16]),

@@ -104,7 +104,7 @@ def plans(draw: st.DrawFn) -> Plan:
         reject()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(plans(), st.data())
 def test_any_shape_on_any_device(made: Plan, data: st.DataObject) -> None:
     """Whatever the depths of the rows, which say how many splits of an attention item have positions."""

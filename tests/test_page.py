@@ -5,48 +5,41 @@ FINIAL_PICTURES=DIR keeps what was to be seen, at the width of a desktop and of 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from brake import Brake
 from browser import Browser, Page
 from serving import Live, live
+from waiting import until
 
 ANSWERED = "document.querySelector('#turns').childElementCount == {} && !document.querySelector('.speaking')"
+BEGUN = "document.querySelector('.speaking .prose')?.textContent.length > 0"
 LAST = "document.querySelector('.turn:last-child .prose').textContent"
 KEY = "a-key-of-the-tests"
 DESKTOP, PHONE = (1200, 800), (390, 844)
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Live]:
-    with live("demo", "--threads", "1") as running:  # the browser wants a core too
-        yield running
+def brake(tmp_path_factory: pytest.TempPathFactory) -> Brake:
+    return Brake(tmp_path_factory.mktemp("brake"))
 
 
 @pytest.fixture(scope="module")
-def slow() -> Iterator[Live]:
-    with live(
-        "demo", "--backend", "reference", environment={"OPENBLAS_NUM_THREADS": "1"}
-    ) as running:  # so slow that a person can stop it
+def server(brake: Brake) -> Iterator[Live]:
+    with live("demo", "--threads", "1", before=brake.code) as running:  # the browser wants a core too
         yield running
 
 
 @pytest.fixture(scope="module")
 def locked() -> Iterator[Live]:
-    running = Live("demo", "--threads", "1", environment={"FINIAL_API_KEY": KEY})
-    try:
-        deadline = time.monotonic() + 60
-        while running.ask("/ready", headers={"Authorization": f"Bearer {KEY}"})[0] != 200:
-            assert time.monotonic() < deadline, "".join(running.lines)
-            time.sleep(0.05)
+    with live("demo", "--threads", "1", environment={"FINIAL_API_KEY": KEY}) as running:
         yield running
-    finally:
-        running.stop()
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +52,16 @@ def ask(page: Page, text: str, turn: int) -> None:
     page.type(text)
     page.press("Enter")
     page.wait(ANSWERED.format(turn))
+
+
+@contextlib.contextmanager
+def held(server: Live, brake: Brake, steps: int) -> Iterator[None]:
+    """Meanwhile the engine makes so many steps and no more: the next answer begins and does not end."""
+    brake.hold(server.metric("finial_steps_total") + steps)
+    try:
+        yield
+    finally:
+        brake.release()
 
 
 def set_to(page: Page, **values: object) -> None:
@@ -80,7 +83,7 @@ def pictures(page: Page, name: str) -> None:
                 page.picture(Path(folder) / f"{name}-{width}-{scheme}.png")
 
 
-def test_a_conversation(server: Live, browser: Browser) -> None:
+def test_a_conversation(server: Live, brake: Brake, browser: Browser) -> None:
     page = browser.open(server.url + "/", width=DESKTOP[0], height=DESKTOP[1])
     pictures(page, "welcome")
     set_to(page, temperature=0, max_tokens=40, system="A street in Rome.")
@@ -104,8 +107,12 @@ def test_a_conversation(server: Live, browser: Browser) -> None:
     assert page.run(LAST).rstrip() == reply["choices"][0]["message"]["content"].rstrip() != ""
 
     assert page.run("document.querySelector('#status').textContent").strip() == page.run(LAST).strip()  # read aloud
-    for turn in range(3, 9):  # an answer may come in one piece, which has no speed
-        ask(page, f"And what then? {turn}", turn)
+    for turn in range(3, 9):  # an answer of a few words may come in one piece, which has no speed
+        with held(server, brake, 4):
+            page.type(f"And what then? {turn}")
+            page.press("Enter")
+            page.wait(f"{BEGUN} || ({ANSWERED.format(turn)})")
+        page.wait(ANSWERED.format(turn))
         figures = page.run("document.querySelector('.turn:last-child .figures').innerText")
         if "tok/s" in figures:
             break
@@ -133,31 +140,32 @@ def test_a_phone_has_room_for_everything(server: Live, browser: Browser) -> None
 
 
 @pytest.mark.parametrize("how", ["Escape", "button"])
-def test_stop_in_the_middle(slow: Live, browser: Browser, how: str) -> None:
-    page = browser.open(slow.url + "/")
+def test_stop_in_the_middle(server: Live, brake: Brake, browser: Browser, how: str) -> None:
+    page = browser.open(server.url + "/")
     set_to(page, max_tokens=900, temperature=0)
-    page.type("KING RICHARD III:\nSpeak, and speak on, and never end.")
-    page.press("Enter")
-    page.wait("document.querySelector('.speaking .prose')?.textContent.length > 0")
-    if how == "Escape":
-        page.press("Escape")
-    else:
-        page.click("#stop")
-    page.wait(ANSWERED.format(1))
-    assert "stopped" in page.run("document.querySelector('.figures').innerText")
-    assert page.run(LAST) != ""
-    wait_for_an_end(slow)
+    before = unheard(server)
+    with held(server, brake, 6):
+        page.type("KING RICHARD III:\nSpeak, and speak on, and never end.")
+        page.press("Enter")
+        page.wait(BEGUN)
+        if how == "Escape":
+            page.press("Escape")
+        else:
+            page.click("#stop")
+        page.wait(ANSWERED.format(1))
+        assert "stopped" in page.run("document.querySelector('.figures').innerText")
+        assert page.run(LAST) != ""
+        until(lambda: unheard(server) == before + 1, lambda: "".join(server.lines))
     set_to(page, max_tokens=3)
     ask(page, "And now?", 2)  # the page and the server go on
     assert page.run(LAST) != "" and page.problems == []
 
 
-def wait_for_an_end(server: Live) -> None:
-    """Until the server has noted that the answer was not heard to its end."""
-    deadline = time.monotonic() + 20
-    while not any('"path": "/v1/chat/completions"' in line and '"finish": [null]' in line for line in server.lines):
-        assert time.monotonic() < deadline, "".join(server.lines)
-        time.sleep(0.05)
+def unheard(server: Live) -> int:
+    """How many answers were not heard to their end, by the server's log."""
+    lines = [json.loads(line) for line in server.lines if line.startswith("{")]
+    # Noted when it is told to end, which may be a step before it does.
+    return sum(line["path"] == "/v1/chat/completions" and line.get("finish") in ([None], ["cancel"]) for line in lines)
 
 
 def test_errors_are_shown_and_the_conversation_goes_on(server: Live, browser: Browser) -> None:

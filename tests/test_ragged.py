@@ -113,7 +113,7 @@ def schedules(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]], list[list[in
         *((name, "reference", "bf16") for name in NAMES),
     ],
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(schedule=schedules())
 def test_any_schedule_gives_the_logits_of_a_row_alone(
     name: str, backend: str, format: str, schedule: tuple[int, list[tuple[int, int]], list[list[int]], int]
@@ -196,7 +196,7 @@ def at_once(shape: tuple[int, int, int, str, int | None], isa: str) -> np.ndarra
 
 @pytest.mark.parametrize("isa", _native.isas_available())
 @pytest.mark.parametrize("shape", SHAPES)
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(
     cuts=st.lists(st.tuples(st.integers(0, LENGTH), st.integers(0, SHORT)), max_size=4),
     singles=st.integers(0, 3),

@@ -45,7 +45,7 @@ def test_numbers_drawn_beforehand_are_the_same() -> None:
         assert uniforms(seed, sample, position, 9).tolist() == [uniform(seed, sample, position + i) for i in range(9)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     requests=REQUESTS,
     page_size=st.integers(1, 9),

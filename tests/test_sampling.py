@@ -102,7 +102,7 @@ def test_the_distribution_is_that_of_transformers(options: dict, seed: int) -> N
     np.testing.assert_allclose(got, wanted, rtol=1e-5)  # float32 logits after the penalty
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     logits=arrays(np.float32, st.integers(1, 60), elements=st.floats(-20, 20, width=32)),
     temperature=st.floats(0.1, 4),

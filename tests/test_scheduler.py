@@ -206,7 +206,7 @@ def test_restart_frees_all_and_keeps_the_order() -> None:
     assert all(len(sequence.tokens) == 8 for sequence in sequences)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     requests=st.lists(
         st.tuples(st.integers(1, 20), st.integers(1, 10), st.integers(0, 12), st.booleans()), min_size=1, max_size=8

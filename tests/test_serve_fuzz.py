@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 from schemathesis.core.result import Ok
 
 from serving import Live, live
+from waiting import HUNG_S
 
 OPERATIONS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/v1/models/{name}")
 FEW = {"max_tokens": 2, "n": 1}  # valid requests are answered, and are to be short
@@ -58,14 +59,14 @@ def test_requests_made_from_the_document(server: Live, path: str) -> None:
                 data = json.dumps(body, default=str).encode()
             except (UnicodeEncodeError, ValueError, RecursionError):
                 return
-            status, _, _ = server.ask(path, data, timeout=30)
+            status, _, _ = server.ask(path, data)
         statuses.add(status)
         assert status < 500, (status, case.body)
 
     from hypothesis import given
 
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-    run = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=checks, database=None)
+    run = settings(max_examples=40, derandomize=True, suppress_health_check=checks, database=None)
     run(given(strategy)(send))()
     assert statuses
 
@@ -106,7 +107,7 @@ ALLOWED = {"a lone surrogate": (200, 400), "upgrade": (200, 426, 400), "many hea
 
 @pytest.mark.parametrize("name", RAW)
 def test_bytes_that_are_no_request_get_a_refusal_or_the_end(server: Live, name: str) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=HUNG_S) as connection:
         try:
             connection.sendall(RAW[name])
             connection.shutdown(socket.SHUT_WR)
