@@ -198,9 +198,12 @@ def test_rounded_attention_costs_what_rounding_costs(saved: dict[str, Checkpoint
         rounded = compiled(saved[name], "reference", "bf16", "f32").run(step)
     cost = root_mean_square(rounded - plain, plain)
     assert 2**-14 < cost < 0.05 if precision == "bf16" else cost == 0
-    # Keys and values that lie on a boundary of the cache's own rounding may fall differently.
-    assert root_mean_square(got - plain, plain) < 1.25 * cost + 2**-10
-    assert root_mean_square(got - rounded, plain) < 0.75 * cost + 2**-10
+    # Keys and values that lie on a boundary of the cache's own rounding may fall differently, by a whole step each, which
+    # is the root of 12 of what rounding costs in the mean; one in 200 of them makes a quarter of that cost.
+    exact = compiled(saved[name], "reference", "f32", "f32").run(step)
+    flipped = root_mean_square(plain - exact, plain) / 4
+    assert root_mean_square(got - plain, plain) < 1.25 * cost + flipped
+    assert root_mean_square(got - rounded, plain) < 0.75 * cost + flipped
 
 
 def test_sharded_checkpoint_is_the_same_model(saved: dict[str, Checkpoint], tmp_path: Path) -> None:
