@@ -178,6 +178,7 @@ ENVIRONMENTS: Mapping[str, Environment] = {
             6.5,
             "nothing: it makes the files of OpenVINO, onnxruntime and CTranslate2",
             torch=True,
+            remove=("torchvision", "torchaudio"),  # which their needs bring, built for another torch
         ),
     )
 }
