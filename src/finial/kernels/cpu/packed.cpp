@@ -73,8 +73,13 @@ int64_t peak(Rounding kind, int64_t rounds, float* sink) {
 #endif
 #if defined(FINIAL_PACKS_INT8)
   if (kind == Rounding::INT8) {
-    const I x = load_i(&one), y = load_i(&half);
-    const I s = chains(rounds, x, [&](I a) { return dot_q4(a, x, y); }, add_i);
+    // Of the sum itself, or a product apart from its addition would be computed once for all rounds.
+    const I x = load_i(&one);
+#if defined(FINIAL_ISA_avx2)
+    const I s = chains(rounds, x, [&](I a) { return multiply_pairs(a, x, a); }, add_i);
+#else
+    const I s = chains(rounds, x, [&](I a) { return dot_q4(a, x, a); }, add_i);
+#endif
     *sink = sum(to_floats(s));
     return steps * W * 8;
   }
