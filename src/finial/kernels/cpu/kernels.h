@@ -9,7 +9,7 @@
 
 namespace finial {
 
-// Weight formats, in the order of FORMATS in formats.py (which defines the byte layouts).
+// Weight formats, in the order of FORMATS in formats.py; quants.py defines the byte layouts.
 enum class Format : int { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, COUNT };
 
 struct FormatInfo {

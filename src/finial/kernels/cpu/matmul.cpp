@@ -1,15 +1,15 @@
 // linear: y[t, o] = sum_k x[t, k] w[o, k] + bias[o], weights in any format, float32 activations and accumulation.
 //
 // Shapes: x [rows, n_in], w [n_out, n_in], y [rows, n_out]. Reference: backends/reference.py `linear`. Weights enter
-// exactly as formats.py decodes them; what differs is the order of the sum: W * ACC partial sums of n_in / (W * ACC)
+// exactly as quants.py decodes them; what differs is the order of the sum: W * ACC partial sums of n_in / (W * ACC)
 // terms each. Tolerance per output: (n_in / (W * ACC) + log2(W * ACC) + 1) * 2^-24 * sum_k |x w|.
 // That order is the same in every path below, so a row's result is bit-equal at any number of rows.
 //
 // One row: n_out * row_bytes from memory for 2 n_out n_in flops: bound by memory. One weight row at a time per thread,
 // because several interleaved streams halve the bandwidth of the machines measured.
 // Many rows: a panel of weight rows is decoded once into the second-level cache and multiplied in blocks of WIDE weight
-// rows x 3 activation rows: 4 x 3 takes 7 loads for 12 FMAs; AVX2's 2 x 3, both accumulators at once, 5 for 6 (bf16
-// prompts of 256 on 2 cores of EPYC Genoa: 119 tokens/s, 100 with 4 x 3 and one accumulator after the other).
+// rows x 3 activation rows: 4 x 3 takes 7 loads for 12 FMAs; AVX2's 2 x 3, both accumulators at once, 5 for 6. Dot products
+// like these reach 36 to 41 % of the fma peak (AVX2, Zen 3): what matters most is packed instead (packed.h).
 #include "weights.h"
 
 namespace finial::FINIAL_ISA {

@@ -262,7 +262,7 @@ FINIAL_INLINE void put_six(const uint32_t (&plane)[4], F at) {
   }
 }
 
-// The factors of a q4_k or q5_k block (formats.py, _k_scales), output o of a panel. A word is four groups.
+// The factors of a q4_k or q5_k block (quants.py, _k_scales), output o of a panel. A word is four groups.
 void put_head(const uint8_t* from, int64_t o, uint8_t* out) {
   std::memcpy(out + 2 * o, from, 2);
   std::memcpy(out + PANEL * 2 + 2 * o, from + 2, 2);

@@ -1,4 +1,4 @@
-// Weights to vectors of floats. Shapes: a row is n_in elements in a format of formats.py; a chunk is CHUNK of them.
+// Weights to vectors of floats. Shapes: a row is n_in elements in a format of quants.py; a chunk is CHUNK of them.
 //
 // Decoding is exact to the bit against quants.py in every instruction set (tests/test_cpu_native.py), so that nothing
 // downstream depends on where a weight was decoded.
