@@ -209,19 +209,16 @@ def test_missing_paths_and_other_files(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- memory
 
 _MEASURE = """
-import resource, sys, time
-import numpy as np
+import sys
 from finial.files.checkpoint import open_checkpoint
+from finial.machine import peak_bytes
 
-def peak():  # bytes; ru_maxrss is in KiB on Linux, in bytes on macOS
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-before = peak()
+before = peak_bytes()
 checkpoint = open_checkpoint(sys.argv[1])
-opened = peak()
+opened = peak_bytes()
 held = [tensor.to("bf16") for tensor in checkpoint.tensors.values()]
 touched = sum(int(tensor.data[::4096].sum()) for tensor in held)
-print(opened - before, peak() - before, checkpoint.nbytes)
+print(opened - before, peak_bytes() - opened, checkpoint.nbytes)
 """
 
 
