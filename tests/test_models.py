@@ -198,8 +198,8 @@ def test_rounded_attention_costs_what_rounding_costs(saved: dict[str, Checkpoint
         rounded = compiled(saved[name], "reference", "bf16", "f32").run(step)
     cost = root_mean_square(rounded - plain, plain)
     assert 2**-14 < cost < 0.05 if precision == "bf16" else cost == 0
-    # Keys and values that lie on a boundary of the cache's own rounding may fall differently, by a whole step each, which
-    # is the root of 12 of what rounding costs in the mean; one in 200 of them makes a quarter of that cost.
+    # Keys and values that lie on a boundary of the cache's own rounding may fall differently, by a whole step each: the
+    # root of 12 of what rounding costs in the mean, so that one in 200 of them makes a quarter of that cost.
     exact = compiled(saved[name], "reference", "f32", "f32").run(step)
     flipped = root_mean_square(plain - exact, plain) / 4
     assert root_mean_square(got - plain, plain) < 1.25 * cost + flipped
@@ -227,7 +227,8 @@ checkpoint = open_checkpoint(Path(sys.argv[1]))
 weights = {name: t.later(sys.argv[2], name) if len(t.shape) == 2 else t for name, t in checkpoint.tensors.items()}
 ready = compile_graph(build_graph(checkpoint.config), {**weights, **constants(checkpoint.config)}, "cpu")
 ready.reserve(pages=1, page_size=1)  # waits until all is packed
-print(peak_bytes() - before, sum(t.nbytes for t in weights.values()), max(t.nbytes for t in checkpoint.tensors.values()))
+largest = max(t.nbytes for t in checkpoint.tensors.values())
+print(peak_bytes() - before, sum(t.nbytes for t in weights.values()), largest)
 """
 
 

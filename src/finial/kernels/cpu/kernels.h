@@ -35,8 +35,8 @@ struct Linear {
 constexpr int64_t PANEL = 32;  // outputs of a panel of packed weights
 constexpr int64_t TILE = 12;   // activation rows that meet a panel at once: 24 accumulators of the 32 registers
 
-// What activations are rounded to for a weight. None: to nothing, and the weight stays where it is; F32: to nothing, for
-// panels.
+// What activations are rounded to for a weight. None: to nothing, and the weight stays where it is; F32: to nothing,
+// for panels.
 enum class Rounding : int { None, F32, BF16, INT8 };
 constexpr int ROUNDINGS = 4;
 

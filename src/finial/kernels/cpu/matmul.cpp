@@ -8,8 +8,8 @@
 // One row: n_out * row_bytes from memory for 2 n_out n_in flops: bound by memory. One weight row at a time per thread,
 // because several interleaved streams halve the bandwidth of the machines measured.
 // Many rows: a panel of weight rows is decoded once into the second-level cache and multiplied in blocks of WIDE weight
-// rows x 3 activation rows: 4 x 3 takes 7 loads for 12 FMAs; AVX2's 2 x 3, both accumulators at once, 5 for 6. Dot products
-// like these reach 36 to 41 % of the fma peak (AVX2, Zen 3): what matters most is packed instead (packed.h).
+// rows x 3 activation rows: 4 x 3 takes 7 loads for 12 FMAs; AVX2's 2 x 3, both accumulators at once, 5 for 6. Dot
+// products like these reach 36 to 41 % of the fma peak (AVX2, Zen 3): what matters most is packed instead (packed.h).
 #include "weights.h"
 
 namespace finial::FINIAL_ISA {

@@ -24,7 +24,8 @@ constexpr int ROWS = 4;
 // Few rows have a whole panel's accumulators.
 constexpr int vectors_with(int rows) { return rows <= 2 ? PANEL_VECTORS : PANEL_VECTORS / 2; }
 
-// c [M of a tile's rows, PANEL] += `pairs` pairs of a panel times rows `stride` pairs apart; = where they are the first.
+// c [M of a tile's rows, PANEL] += `pairs` pairs of a panel times rows `stride` pairs apart; = where they are the
+// first.
 template <int M>
 void add_pairs(const uint8_t* FINIAL_RESTRICT w, const float* FINIAL_RESTRICT x, int64_t stride, int64_t pairs,
                bool first, float* FINIAL_RESTRICT c) {

@@ -1,5 +1,6 @@
-// What products of int8 rows with q8_0 and q4_0 panels begin with: how rows are rounded and matrices packed (layouts and
-// arithmetic: packed.h, packed.cpp). Blocks are multiplied in packed_int8_quads.h and, for AVX2, packed_int8_pairs.h.
+// What products of int8 rows with q8_0 and q4_0 panels begin with: how rows are rounded and matrices packed (layouts
+// and arithmetic: packed.h, packed.cpp). Blocks are multiplied in packed_int8_quads.h and, for AVX2,
+// packed_int8_pairs.h.
 #pragma once
 
 #include <math.h>

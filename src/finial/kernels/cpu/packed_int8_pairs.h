@@ -1,14 +1,14 @@
-// int8 rows with blocks of q8_0 and q4_0 where bytes are multiplied in pairs that are summed in 16 bits: AVX2. Included by
-// packed.cpp.
+// int8 rows with blocks of q8_0 and q4_0 where bytes are multiplied in pairs that are summed in 16 bits: AVX2. Included
+// by packed.cpp.
 //
-// q4_0: a nibble times a byte is below 2^11, so that a block's sixteen products of a lane stay within 16 bits (16 * 15 *
-// 127 = 30480) and are widened once, not quad by quad: 8 multiplications and additions for a block of a row and a vector
-// of outputs, 1 multiplication to widen. q8_0: a sign for the row, a product, a sum and an addition for each quad; two
-// nibbles a byte (q + 128 = 16 h + l) or 16 bits a byte come to as many cycles. ROWS rows share a load of PAIR vectors
-// of weights; nibbles are unpacked to the first-level cache once for all rows. Every sum is exact, so it is the same to
-// the bit as any other way.
-// Measured on one core of an AMD EPYC (Zen 3) at 3.24 GHz, weights and rows in the first-level cache, cycles for a block
-// of a row and a vector: q4_0 6.7 and q8_0 12.3, of 5.0 and 10.0 that the multiplications and additions alone take.
+// q4_0: a nibble times a byte is below 2^11, so that a block's sixteen products of a lane stay within 16 bits (16 * 15
+// * 127 = 30480) and are widened once, not quad by quad: 8 multiplications and additions for a block of a row and a
+// vector of outputs, 1 multiplication to widen. q8_0: a sign for the row, a product, a sum and an addition for each
+// quad; two nibbles a byte (q + 128 = 16 h + l) or 16 bits a byte come to as many cycles. ROWS rows share a load of
+// PAIR vectors of weights; nibbles are unpacked to the first-level cache once for all rows. Every sum is exact, so it
+// is the same to the bit as any other way. Measured on one core of an AMD EPYC (Zen 3) at 3.24 GHz, weights and rows in
+// the first-level cache, cycles for a block of a row and a vector: q4_0 6.7 and q8_0 12.3, of 5.0 and 10.0 that the
+// multiplications and additions alone take.
 #pragma once
 
 #include "packed_int8.h"

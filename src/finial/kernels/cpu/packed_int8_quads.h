@@ -1,5 +1,5 @@
-// int8 rows times q8_0 and q4_0 panels, where an instruction multiplies four bytes and sums them in 32 bits. Included by
-// packed.cpp.
+// int8 rows times q8_0 and q4_0 panels, where an instruction multiplies four bytes and sums them in 32 bits. Included
+// by packed.cpp.
 //
 // A block of one row costs 16 multiplying instructions (at 16 lanes), and then for each vector of outputs a conversion,
 // the product of both scales, and an fma. The product and the fma run where the multiplications do; the conversion, and

@@ -16,8 +16,8 @@ struct Program::Step {
   const std::vector<int64_t>& sizes;
   const std::vector<IntArray>& ints;
   const State& state;
-  std::vector<float*> buffers;  // by buffer
-  std::vector<float*> tables;   // by rope table: cos [rows, half], then sin
+  std::vector<float*> buffers;       // by buffer
+  std::vector<float*> tables;        // by rope table: cos [rows, half], then sin
   uint8_t* rounded[ROUNDINGS] = {};  // rows shared by all threads
   float* scratch = nullptr;
   int64_t scratch_stride = 0;             // floats per thread
