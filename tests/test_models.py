@@ -215,21 +215,24 @@ def test_sharded_checkpoint_is_the_same_model(saved: dict[str, Checkpoint], tmp_
 
 
 _COMPILE = """
-import resource, sys
+import os, sys
 from pathlib import Path
+if hasattr(os, "sched_setaffinity"):  # as many threads as the bound allows for
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 from finial.executor import compile_graph
 from finial.files.checkpoint import open_checkpoint
+from finial.machine import peak_bytes
 from finial.models.decoder import build_graph, constants
 
-def peak():  # bytes; ru_maxrss is in KiB on Linux, in bytes on macOS
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-before = peak()
+before = peak_bytes()
 checkpoint = open_checkpoint(Path(sys.argv[1]))
 weights = {name: t.later(sys.argv[2], name) if len(t.shape) == 2 else t for name, t in checkpoint.tensors.items()}
 ready = compile_graph(build_graph(checkpoint.config), {**weights, **constants(checkpoint.config)}, "cpu")
-print(peak() - before, sum(t.nbytes for t in weights.values()), max(t.nbytes for t in checkpoint.tensors.values()))
+ready.reserve(pages=1, page_size=1)  # waits until all is packed
+largest = max(t.nbytes for t in checkpoint.tensors.values())
+print(peak_bytes() - before, sum(t.nbytes for t in weights.values()), largest)
 """
+PACKED_AT_ONCE = 8 << 20  # of kernels/cpu/program.cpp: pages of the file that a thread holds until they are packed
 
 
 @pytest.mark.parametrize("format", ["bf16", "q8_0"])
@@ -241,7 +244,7 @@ def test_a_model_ready_to_run_is_in_memory_once(tmp_path: Path, format: str) -> 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     used, nbytes, largest = map(int, done.stdout.split())
-    assert used < 1.15 * (nbytes + (largest if format != "bf16" else 0))
+    assert used < 1.15 * (nbytes + (largest if format != "bf16" else 0)) + 2 * PACKED_AT_ONCE
 
 
 @pytest.mark.parametrize("name", list(models.MODELS))
