@@ -7,6 +7,7 @@
 #include <math.h>
 
 #include "kernels.h"
+#include "panels.h"
 #include "vector_exp.h"
 #include "weights.h"
 
@@ -161,6 +162,7 @@ float read(const float* x, int64_t n) {
 
 extern const Kernels kernels;
 const Kernels kernels = {FINIAL_TEXT(FINIAL_ISA),
+                         BLOCKING,
                          linear,
                          linear_scratch,
                          rounding,

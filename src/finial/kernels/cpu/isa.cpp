@@ -18,6 +18,10 @@
 #else
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__)
 #define FINIAL_ARM64 1
 #if defined(__linux__)
@@ -44,6 +48,11 @@ namespace avx512 {
 extern const Kernels kernels;
 }
 #endif
+#ifdef FINIAL_HAS_amx
+namespace amx {
+extern const Kernels kernels;
+}
+#endif
 #ifdef FINIAL_HAS_neon
 namespace neon {
 extern const Kernels kernels;
@@ -60,6 +69,7 @@ namespace {
 struct Features {
   bool avx2 = false, fma = false, f16c = false;
   bool avx512f = false, avx512bw = false, avx512vl = false, avx512dq = false, avx512_bf16 = false, avx512_vnni = false;
+  bool amx_tile = false, amx_bf16 = false, amx_int8 = false;
   bool neon = false, dotprod = false;
 };
 
@@ -82,6 +92,19 @@ unsigned long long saved_state() {  // XCR0
   unsigned low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (static_cast<unsigned long long>(high) << 32) | low;
+#endif
+}
+#endif
+
+#ifdef FINIAL_X86
+// Tile registers are 8 KiB of state for each thread that uses them, which a process has to ask for (Linux,
+// Documentation/arch/x86/xstate.rst).
+bool tiles_permitted() {
+#if defined(__linux__)
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+  return false;
 #endif
 }
 #endif
@@ -125,6 +148,8 @@ Features detect() {
   f.avx512vl = zmm && bit(seven[1], 31);
   f.avx512_vnni = zmm && bit(seven[2], 11);
   f.avx512_bf16 = zmm && bit(seven_one[0], 5);
+  if (zmm && (state & 0x60000) == 0x60000 && bit(seven[3], 24) && tiles_permitted())
+    f.amx_tile = true, f.amx_bf16 = bit(seven[3], 22), f.amx_int8 = bit(seven[3], 25);
 #endif
   return f;
 }
@@ -149,9 +174,14 @@ std::vector<Choice> choices() {  // slowest first
 #ifdef FINIAL_HAS_avx2
   list.push_back({&avx2::kernels, f.avx2 && f.fma && f.f16c});
 #endif
+  const bool avx512 = f.avx2 && f.fma && f.f16c && f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq &&
+                      f.avx512_bf16 && f.avx512_vnni;
+  (void)avx512;
 #ifdef FINIAL_HAS_avx512
-  list.push_back({&avx512::kernels, f.avx2 && f.fma && f.f16c && f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq &&
-                                        f.avx512_bf16 && f.avx512_vnni});
+  list.push_back({&avx512::kernels, avx512});
+#endif
+#ifdef FINIAL_HAS_amx
+  list.push_back({&amx::kernels, avx512 && f.amx_tile && f.amx_bf16 && f.amx_int8});
 #endif
 #ifdef FINIAL_HAS_neon
   list.push_back({&neon::kernels, f.neon});
@@ -177,7 +207,10 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
           {"avx512vl", f.avx512vl},
           {"avx512dq", f.avx512dq},
           {"avx512_bf16", f.avx512_bf16},
-          {"avx512_vnni", f.avx512_vnni}};
+          {"avx512_vnni", f.avx512_vnni},
+          {"amx_tile", f.amx_tile},
+          {"amx_bf16", f.amx_bf16},
+          {"amx_int8", f.amx_int8}};
 #endif
 }
 

@@ -33,7 +33,6 @@ struct Linear {
 };
 
 constexpr int64_t PANEL = 32;  // outputs of a panel of packed weights
-constexpr int64_t TILE = 12;   // activation rows that meet a panel at once: 24 accumulators of the 32 registers
 
 // What activations are rounded to for a weight. None: to nothing, and the weight stays where it is; F32: to nothing,
 // for panels.
@@ -48,7 +47,14 @@ struct Product {
   const float* add;      // [rows, n_out] added to the result, or null
   float* y;              // [rows, n_out]; may be `add`
   int64_t rows;
-  int64_t begin, end;  // the tiles of rows that take part, at most GROUP
+  int64_t begin, end;  // the tiles of rows that take part, at most Blocking::group
+};
+
+// How many rows meet a panel.
+struct Blocking {
+  int64_t tile;         // rows that meet a panel at once; so few are read with it in one pass
+  int64_t group;        // tiles that meet it together
+  int64_t group_bytes;  // of a group's rounded rows: with two panels they fit the second-level cache
 };
 
 enum class CacheType : int { F32, BF16, Q8_0 };
@@ -128,6 +134,7 @@ struct AttentionPiece {
 
 struct Kernels {
   const char* name;
+  Blocking blocking;
   // y[t, o] = sum_k x[t, k] w[o, k] + bias[o] for t < rows and begin <= o < end. x is [rows, n_in], y [rows, n_out].
   void (*linear)(const Linear&, const float* x, float* y, int64_t rows, int64_t begin, int64_t end, float* scratch);
   // Floats that `linear` wants as scratch.

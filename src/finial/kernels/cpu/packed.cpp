@@ -19,13 +19,14 @@
 // and rounding their rows takes 1.7 to 2.7 % (bf16) and 3.4 to 5 % (int8) of the time of 1024 outputs.
 #include "packed.h"
 
+#include "finish.h"
 #include "packed_bf16.h"
+#include "packed_bf16_tiles.h"
 #include "packed_f32.h"
 #include "packed_int8_pairs.h"
 #include "packed_int8_quads.h"
 #include "packed_k.h"
 #include "panels_bf16.h"
-#include "vector_exp.h"
 
 namespace finial::FINIAL_ISA {
 
@@ -114,31 +115,7 @@ FINIAL_INLINE void meet(const Linear& l, int64_t panel, const Product& p, const 
   }
 }
 
-FINIAL_INLINE V get(const float* p, int64_t n) { return n >= W ? load(p) : load_n(p, n); }
-FINIAL_INLINE void put(float* p, V a, int64_t n) { n >= W ? store(p, a) : store_n(p, a, n); }
-
-// c with its bias into the rows of y that the tile covers.
-void finish(const Product& p, int64_t panel, int64_t row, int64_t rows, const float* first, const float* second) {
-  const int64_t n_out = p.first->n_out, o = panel * PANEL, count = n_out - o < PANEL ? n_out - o : PANEL;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t at = (row + r) * n_out + o;
-    for (int64_t i = 0; i < count; i += W) {
-      const int64_t n = count - i;
-      const float *b = p.first->bias, *b2 = p.second != nullptr ? p.second->bias : nullptr;
-      V a = load(first + r * PANEL + i);
-      if (b != nullptr) a = add(a, get(b + o + i, n));
-      if (p.second != nullptr) {
-        V up = load(second + r * PANEL + i);
-        if (b2 != nullptr) up = add(up, get(b2 + o + i, n));
-        a = gated(a, up);
-      }
-      if (p.add != nullptr) a = add(get(p.add + at + i, n), a);
-      put(p.y + at + i, a, n);
-    }
-  }
-}
-
-#if defined(FINIAL_BF16_PANELS)
+#if defined(FINIAL_BF16_PANELS) && !defined(FINIAL_TILES)
 
 // Every tile of rows is finished as soon as it has met its panel, or both: its results leave while the next are
 // computed.
@@ -228,7 +205,7 @@ void multiply(const Product& p, int64_t begin, int64_t end) {
 #endif
   alignas(64) float first[GROUP * TILE * PANEL], second[GROUP * TILE * PANEL];
   const int64_t row = tile_of(p.rows, p.begin).first,
-                past = p.end < tiles(p.rows) ? tile_of(p.rows, p.end).first : p.rows;
+                past = p.end < tiles(p.rows, BLOCKING) ? tile_of(p.rows, p.end).first : p.rows;
   for (int64_t panel = begin; panel < end; ++panel) {
     const Target target{p.y + row * p.first->n_out + panel * PANEL, p.first->n_out};
     meet(*p.first, panel, p, target, first);

@@ -2,7 +2,7 @@
 //
 // A panel is PANEL outputs over all of n_in; panels follow each other, the last one filled up with zeros, or take turns
 // with those of the matrix that theirs gates (Linear::stride). Within it:
-//   bf16  [n_in / 2][PANEL][2]: a pair of inputs of 32 outputs is 128 bytes (an odd n_in ends in a zero)
+//   bf16  [n_in / 2][PANEL][2]: a pair of inputs of 32 outputs is 128 bytes; zeros fill it up to a multiple of 32 inputs
 //   q8_0  [n_in / 32] blocks of 1088 bytes: f16 scales [PANEL], then bytes [8][PANEL][4], four inputs each
 //   q4_0  [n_in / 32] blocks of  576 bytes: f16 scales [PANEL], then bytes [4][PANEL][4], low nibbles inputs 4j..4j+3,
 //         high nibbles inputs 16+4j..16+4j+3, as in the file
@@ -11,10 +11,10 @@
 //
 // Activations are rounded to what the multiplying instruction takes, once for all products that share them:
 //   f32   not at all; [pair of inputs][row of the tile][2]
-//   bf16  nearest even; likewise
+//   bf16  nearest even; likewise, or for tile registers [32 inputs][row of the tile][32], zeros behind the last input
 //   int8  blocks of 32 inputs, nearest even; the scale is absmax / 127 rounded up to five significant bits, so that its
 //         product with an f16 is exact; [block][row of the tile] of Int8Block
-// in tiles of at most TILE rows, as even as possible: tile i of n holds rows [rows i / n, rows (i + 1) / n).
+// in tiles of at most Blocking::tile rows, as even as possible: tile i of n holds rows [rows i / n, rows (i + 1) / n).
 #pragma once
 
 #include "kernels.h"
@@ -30,16 +30,14 @@ struct Int8Block {
   float minimum;      // -scale sum(q): what a weight's minimum of -1 adds
 };
 
-inline int64_t tiles(int64_t rows) { return (rows + TILE - 1) / TILE; }
-// Tiles that meet a panel together: their results, at most 21 KiB, stay in the first-level cache.
-constexpr int64_t GROUP = 14;
+inline int64_t tiles(int64_t rows, const Blocking& b) { return (rows + b.tile - 1) / b.tile; }
 inline int64_t panels(const Linear& l) { return (l.n_out + PANEL - 1) / PANEL; }
 
 // Bytes of a row of rounded activations.
 inline int64_t rounded_bytes(Rounding rounding, int64_t n_in) {
   switch (rounding) {
     case Rounding::BF16:
-      return (n_in + 1) / 2 * 4;
+      return (n_in + 31) / 32 * 64;
     case Rounding::INT8:
       return n_in / 32 * static_cast<int64_t>(sizeof(Int8Block));
     case Rounding::F32:
@@ -54,7 +52,7 @@ inline int64_t rounded_bytes(Rounding rounding, int64_t n_in) {
 inline int64_t panel_bytes(Format format, int64_t n_in) {
   switch (format) {
     case Format::BF16:
-      return (n_in + 1) / 2 * PANEL * 4;
+      return (n_in + 31) / 32 * PANEL * 64;
     case Format::Q8_0:
       return n_in / 32 * PANEL * 34;
     case Format::Q4_0:

@@ -1,10 +1,10 @@
-// Rows rounded to bf16 and how a tile of them meets a panel, where an instruction multiplies pairs of bf16. Included by
+// Rows rounded to bf16 and how a tile of them meets a panel, where an instruction multiplies pairs of bf16 in vectors. Included by
 // packed.cpp.
 #pragma once
 
 #include "panels.h"
 
-#if defined(FINIAL_PACKS_BF16)
+#if defined(FINIAL_PACKS_BF16) && !defined(FINIAL_TILES)
 
 namespace finial::FINIAL_ISA {
 

@@ -92,7 +92,7 @@ FINIAL_INLINE void round_block(const float* x, Int8Block* out) {
   out->minimum = out->scale * 0.125f * static_cast<float>(out->offset);
 }
 
-#if defined(FINIAL_ISA_avx512)
+#if defined(FINIAL_AVX512)
 
 // Sixteen blocks, `step` apart at their destination: what is alike of each is done for all at once.
 void round_blocks(const float* x, Int8Block* out, int64_t step) {
@@ -140,7 +140,7 @@ void round_int8(const float* x, int64_t n_in, int64_t rows, uint8_t* tile) {
   for (int64_t row = 0; row < rows; ++row, x += n_in) {
     Int8Block* out = reinterpret_cast<Int8Block*>(tile) + row;
     int64_t k = 0;
-#if defined(FINIAL_ISA_avx512)
+#if defined(FINIAL_AVX512)
     for (; k + 32 * W <= n_in; k += 32 * W) round_blocks(x + k, out + k / 32 * rows, rows);
 #endif
     for (; k < n_in; k += 32) round_block(x + k, out + k / 32 * rows);

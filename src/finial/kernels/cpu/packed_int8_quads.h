@@ -44,7 +44,7 @@ FINIAL_INLINE void add_block(const I (&w)[8][PANEL_VECTORS], const Scale& scale,
     }
 }
 
-#if defined(FINIAL_ISA_avx512)
+#if defined(FINIAL_AVX512)
 
 constexpr int64_t TABLE_ROWS = 48;
 constexpr int FRACTION = 4;  // bits of a row's scale behind the leading one: Int8Block
@@ -185,7 +185,7 @@ void tiles_int8(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT
     for (int v = 0; v < PANEL_VECTORS; ++v) scale[v] = load_f16(w + v * W * 2);
     const Multiply product{scale};
     expect(target, taken.rows * b / blocks, taken.rows * (b + 1) / blocks);
-#if defined(FINIAL_ISA_avx512)
+#if defined(FINIAL_AVX512)
     Table table;
     if (taken.rows >= TABLE_ROWS && table.fill(scale)) {
       add_rows<Q>(w, table, product, taken, b, c);

@@ -13,12 +13,23 @@ namespace finial::FINIAL_ISA {
 
 constexpr int PANEL_VECTORS = static_cast<int>(PANEL) / W;
 
+#if defined(FINIAL_TILES)
+constexpr int64_t TILE = 16;   // rows of a tile register
+constexpr int64_t GROUP = 16;  // a panel's results, 32 KiB
+constexpr int64_t GROUP_BYTES = int64_t{1280} << 10;
+#else
+constexpr int64_t TILE = 12;   // 24 accumulators of the 32 registers
+constexpr int64_t GROUP = 14;  // a panel's results, at most 21 KiB, stay in the first-level cache
+constexpr int64_t GROUP_BYTES = int64_t{640} << 10;
+#endif
+constexpr Blocking BLOCKING{TILE, GROUP, GROUP_BYTES};
+
 // Rounded rows of one tile: tile i of `tiles(rows)` lies `first` rows behind the first one, `count` rows of it.
 struct Tile {
   int64_t first, count;
 };
 FINIAL_INLINE Tile tile_of(int64_t rows, int64_t i) {
-  const int64_t n = tiles(rows), first = rows * i / n;
+  const int64_t n = tiles(rows, BLOCKING), first = rows * i / n;
   return {first, rows * (i + 1) / n - first};
 }
 

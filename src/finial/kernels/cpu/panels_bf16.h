@@ -10,7 +10,7 @@ namespace finial::FINIAL_ISA {
 namespace {
 
 // turn: TURN pairs of TURN rows, `row_bytes` apart, so that a pair's rows are neighbours, PANEL pairs apart.
-#if defined(FINIAL_ISA_avx512)
+#if defined(FINIAL_AVX512)
 
 constexpr int64_t TURN = 16;
 

@@ -8,8 +8,6 @@ namespace finial {
 
 namespace {
 
-constexpr int64_t GROUP_BYTES = int64_t{640}
-                                << 10;  // of rounded rows: with two panels they fit a second-level cache of 1 MiB
 constexpr int64_t AHEAD = int64_t{256} << 10;  // of weights asked for by who waits: a part of a second-level cache
 
 void fetch(const float* p) {
@@ -28,12 +26,12 @@ const uint8_t* Program::prepare(const Linears& p, const Step& step, int64_t rows
   const int64_t width = buffers_[static_cast<size_t>(p.x)].width, bytes = rounded_bytes(p.rounding, width);
   const float* x = step.buffers[static_cast<size_t>(p.x)];
   if (p.rounding == Rounding::None && p.norm == nullptr) return reinterpret_cast<const uint8_t*>(x);
-  const bool shared = rows > TILE;
+  const bool shared = rows > kernels_->blocking.tile;
   uint8_t* out = shared ? step.rounded[static_cast<int>(p.rounding)] : scratch;
-  scratch += TILE * rounded(bytes, 64);
+  scratch += kernels_->blocking.tile * rounded(bytes, 64);
   float* normal = reinterpret_cast<float*>(scratch);
-  scratch += rounded(TILE * width, LINE) * 4;
-  const int64_t count = tiles(rows);
+  scratch += rounded(kernels_->blocking.tile * width, LINE) * 4;
+  const int64_t count = tiles(rows, kernels_->blocking);
   const Range part = shared ? share(count, thread, pool_->threads()) : Range{0, count};
   for (int64_t tile = part.begin; tile < part.end; ++tile) {
     const int64_t first = rows * tile / count, size = rows * (tile + 1) / count - first;
@@ -87,7 +85,7 @@ void Program::multiply_few(const Instruction& i, const Step& step, int thread) {
   if (!i.barrier) announce(i, thread);
   const uint8_t* x = prepare(p, step, rows, thread, scratch);
   int other = 0;
-  for (Range units; take(i, thread, MOST_UNITS, rows > TILE ? 4 : 1, other, units);)
+  for (Range units; take(i, thread, MOST_UNITS, rows > kernels_->blocking.tile ? 4 : 1, other, units);)
     multiply_units(p, step, x, units.begin, units.end, scratch);
 }
 
@@ -99,8 +97,10 @@ void Program::multiply_many(const Instruction& i, const Step& step, int thread) 
   uint8_t* scratch = reinterpret_cast<uint8_t*>(step.scratch + thread * step.scratch_stride);
   const auto at = [&](int buffer) { return buffer < 0 ? nullptr : step.buffers[static_cast<size_t>(buffer)]; };
   const auto matrix = [&](int index) { return index < 0 ? nullptr : &weights_[static_cast<size_t>(index)]; };
-  const int64_t row = rounded_bytes(p.rounding, buffers_[static_cast<size_t>(p.x)].width), count = tiles(rows),
-                most = std::clamp<int64_t>(GROUP_BYTES / (TILE * row), 1, GROUP), groups = (count + most - 1) / most;
+  const Blocking& b = kernels_->blocking;
+  const int64_t row = rounded_bytes(p.rounding, buffers_[static_cast<size_t>(p.x)].width), count = tiles(rows, b),
+                most = std::clamp<int64_t>(b.group_bytes / (b.tile * row), 1, b.group),
+                groups = (count + most - 1) / most;
   const int64_t all = p.edges.back(), several = all * groups / MOST_UNITS + 1, together = (all + several - 1) / several;
   announce(i, thread, share(groups * together, thread, pool_->threads()));
   const uint8_t* x = prepare(p, step, rows, thread, scratch);
@@ -154,7 +154,7 @@ void Program::wait(size_t at, const Step& step, int thread, Run& next) {
     const size_t ahead = ahead_[at];
     if (ahead < code_.size()) {
       const Linears& p = linears_[static_cast<size_t>(code_[ahead].linears)];
-      if (step.rows(buffers_[static_cast<size_t>(p.x)]) <= TILE) next = share_of(p, thread);
+      if (step.rows(buffers_[static_cast<size_t>(p.x)]) <= kernels_->blocking.tile) next = share_of(p, thread);
     }
   }
   if (!code_[at].barrier) return;

@@ -28,6 +28,14 @@
 #define FINIAL_RARE __attribute__((noinline, cold))
 #endif
 
+// amx: AVX-512 with tile registers beside it.
+#if defined(FINIAL_ISA_avx512) || defined(FINIAL_ISA_amx)
+#define FINIAL_AVX512 1
+#endif
+#if defined(FINIAL_ISA_amx)
+#define FINIAL_TILES 1
+#endif
+
 namespace finial::FINIAL_ISA {
 
 FINIAL_INLINE float bf16_to_float(const uint8_t* source) {
@@ -41,7 +49,7 @@ FINIAL_INLINE float bf16_to_float(const uint8_t* source) {
 
 }  // namespace finial::FINIAL_ISA
 
-#if defined(FINIAL_ISA_avx512)
+#if defined(FINIAL_AVX512)
 #include "simd_avx512.h"
 #elif defined(FINIAL_ISA_avx2)
 #include "simd_avx2.h"
@@ -73,7 +81,7 @@ FINIAL_INLINE void load_afresh(const T*& p) {
 #endif
 }
 
-#if !defined(FINIAL_ISA_avx512)
+#if !defined(FINIAL_AVX512)
 FINIAL_INLINE void load_bf16_pair_n(const uint8_t* p, int64_t n, V& even, V& odd) {
   uint8_t whole[4 * W] = {};
   std::memcpy(whole, p, static_cast<size_t>(2 * n));

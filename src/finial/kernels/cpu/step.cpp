@@ -116,6 +116,7 @@ void Program::reserve(Step& step) {
     partials_ = Memory(static_cast<size_t>(partials) * sizeof(float), Pages::Huge);
   }
 
+  const int64_t tile = kernels_->blocking.tile;
   int64_t shared[ROUNDINGS] = {};
   for (const Instruction& i : code_) {
     int64_t wanted = 0;
@@ -126,9 +127,9 @@ void Program::reserve(Step& step) {
       for (const Linears::Member& m : p.members)
         if (p.rounding == Rounding::None)
           wanted = std::max(wanted, kernels_->linear_scratch(weights_[static_cast<size_t>(m.weight)], rows));
-      wanted += TILE * row / 4 + rounded(TILE * x.width, LINE);
+      wanted += tile * row / 4 + rounded(tile * x.width, LINE);
       int64_t& whole = shared[static_cast<int>(p.rounding)];
-      if (rows > TILE) whole = std::max(whole, rows * row);
+      if (rows > tile) whole = std::max(whole, rows * row);
     }
     if (i.op == Op::Attention) {
       const CacheSpec& cache = plans_[static_cast<size_t>(i.plan)].cache;

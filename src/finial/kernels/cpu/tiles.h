@@ -1,0 +1,81 @@
+// AMX: eight registers of up to 16 rows of 64 bytes, and products of two of them added to a third.
+//
+// Their roles here are always the same: 0 to 3 hold results, 4 and 5 rows of activations, 6 and 7 weights. What
+// dot_bf16 computes, for row m and column n (Intel SDM volume 2, TDPBF16PS, and bit for bit what `Emulated` does):
+//   even = odd = 0;  for each pair k: even = fma(a[m][2 k], b[k][n][0], even), odd = fma(a[m][2 k + 1], b[k][n][1], odd)
+//   c[m][n] += even + odd
+// where subnormal inputs and results are zero. The time of a product is 16 cycles for 16 rows, 9 for up to 8, whatever
+// its depth; a load takes 8 cycles from the first-level cache and 32 from the second, a store 16 in which no product
+// runs (measured on an Intel Xeon of 2024 at about 3.8 GHz: 3.77 TFLOP/s on a core).
+#pragma once
+
+#include "simd.h"
+
+#if defined(FINIAL_TILES)
+
+namespace finial::FINIAL_ISA {
+
+namespace {
+
+struct TileConfig {  // what the instruction for it reads
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  // Results and activations of `rows` rows; `depth` rows of weights, which is `depth` words of each row of activations.
+  TileConfig(int64_t count, int64_t depth) {
+    for (int t = 0; t < 8; ++t) {
+      rows[t] = static_cast<uint8_t>(t < 6 ? count : depth);
+      row_bytes[t] = static_cast<uint16_t>(t == 4 || t == 5 ? 4 * depth : 64);
+    }
+  }
+};
+
+#if !defined(FINIAL_TILES_EMULATED)
+
+// The registers are this thread's from here to the end of the object's life.
+class Tiles {
+ public:
+  Tiles(int64_t rows, int64_t depth) {
+    const TileConfig config(rows, depth);
+    __asm__ volatile("ldtilecfg %0" : : "m"(config) : "memory");
+  }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+  ~Tiles() { __asm__ volatile("tilerelease" : : : "memory"); }
+};
+
+template <int T>
+FINIAL_INLINE void tile_zero() {
+  __asm__ volatile("tilezero %%tmm%c0" : : "i"(T));
+}
+template <int T>
+FINIAL_INLINE void tile_load(const void* p, int64_t stride) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(T) : "memory");
+}
+// What is not read again soon: it leaves the first-level cache to the rest.
+template <int T>
+FINIAL_INLINE void tile_load_once(const void* p, int64_t stride) {
+  __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(T) : "memory");
+}
+template <int T>
+FINIAL_INLINE void tile_store(void* p, int64_t stride) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(T) : "memory");
+}
+template <int C, int A, int B>
+FINIAL_INLINE void tile_dot_bf16() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+}
+// Signed bytes of activations, unsigned ones of weights.
+template <int C, int A, int B>
+FINIAL_INLINE void tile_dot_int8() {
+  __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+}
+
+#endif
+
+}  // namespace
+
+}  // namespace finial::FINIAL_ISA
+
+#endif
