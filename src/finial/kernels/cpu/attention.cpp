@@ -420,7 +420,14 @@ Rounding attention_rounding(CacheType type) {
   return ROUNDS && type == CacheType::BF16 ? Rounding::BF16 : Rounding::None;
 }
 
-int64_t attention_queries(CacheType type) { return attention_rounding(type) == Rounding::BF16 ? 96 : 32; }
+int64_t attention_queries(CacheType type) {
+#if defined(FINIAL_TILES)
+  constexpr int64_t MANY = 128;
+#else
+  constexpr int64_t MANY = 96;
+#endif
+  return attention_rounding(type) == Rounding::BF16 ? MANY : 32;
+}
 
 int64_t attention_scratch(CacheType type, int64_t head_dim, int64_t queries) {
   if (attention_rounding(type) == Rounding::BF16) return attention_bf16_scratch(head_dim, queries);

@@ -1,27 +1,17 @@
 // The two products of attention over a bf16 cache: queries times keys (`dots`), weights times values (`mix`), in loops
-// for how many queries meet. For attention_bf16.cpp, which says in which order they sum and how fast they are.
+// for how many queries meet, in vectors. For attention_bf16_vectors.h; attention_bf16.cpp says in which order they sum and how fast they are.
 #pragma once
 
-#include "softmax.h"
+#include "attention_bf16_room.h"
 
-#if defined(FINIAL_PACKS_BF16)
+#if defined(FINIAL_PACKS_BF16) && !defined(FINIAL_TILES)
 
 namespace finial::FINIAL_ISA {
 
 namespace {
 
-constexpr int64_t BLOCKS = ATTENTION_CHUNK / CACHE_BLOCK;
-constexpr int64_t PAIRS = CACHE_BLOCK / 2;     // pairs of positions of a block
-constexpr int64_t LINE = ATTENTION_CHUNK + W;  // floats of a query's scores: lines of 12 queries fall into sets apart
 constexpr int KEYS = CACHE_BLOCK / W;          // vectors of a block's keys
-constexpr int MOST = 12;                       // queries that meet a block of keys at once
 constexpr int FEW = 3, SLICE = 8;              // queries, and vectors of values, that meet for few queries
-
-int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-FINIAL_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
 // Many queries read the same chunk again and again from the second-level cache: each asks for what lies this far on.
 constexpr int WIDE_FROM = 9;
@@ -55,11 +45,6 @@ template <bool FETCH>
 constexpr Dots DOTS[MOST + 1] = {nullptr,         dots<1, FETCH>,  dots<2, FETCH>, dots<3, FETCH>, dots<4, FETCH>,
                                  dots<5, FETCH>,  dots<6, FETCH>,  dots<7, FETCH>, dots<8, FETCH>, dots<9, FETCH>,
                                  dots<10, FETCH>, dots<11, FETCH>, dots<12, FETCH>};
-
-// Whether what is read after block b lies elsewhere: then it is fetched ahead; hardware does that better within a run.
-bool apart(const uint8_t* const* blocks, int64_t b, int64_t row) {
-  return blocks[b + 1] != blocks[b] + CACHE_BLOCK * 4 * row;
-}
 
 // A chunk's values: [BLOCKS] of [pairs of positions][width][2].
 struct Values {
