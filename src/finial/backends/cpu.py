@@ -53,6 +53,8 @@ class _Slots:
     def give(self, value: Value, slot: int) -> None:
         self._free.setdefault(value.shape, []).append(slot)
 
+PANEL = 32  # outputs that native products make at a time: packed.h
+
 
 class CpuProgram:
     """A compiled graph; see `finial.backends.Program`."""
@@ -171,6 +173,10 @@ class CpuProgram:
         current = {name: name for name in self._caches}  # state -> its newest version; older ones are overwritten
         work = plan(graph, self._kind)
         last = {name: index for index, item in enumerate(work) for name in item.inputs}
+        readers: dict[str, list[Node | Products]] = {}
+        for item in work:
+            for name in item.inputs:
+                readers.setdefault(name, []).append(item)
         slots, held = _Slots(), dict[str, int]()
         for index, item in enumerate(work):
             for name in item.inputs:
@@ -183,6 +189,8 @@ class CpuProgram:
                     value = graph.values[output]
                     held[output] = slots.take(value)
                     self._buffers[output] = native.buffer(self._dimension(value), _width(value), held[output])
+                    if isinstance(item, Products) and (format := self._rounded_for(item, output, readers[output])):
+                        native.keep_rounded(self._buffers[output], format)
             if isinstance(item, Products):
                 self._products(item)
             else:
@@ -190,6 +198,17 @@ class CpuProgram:
             for name in {*item.inputs, *item.outputs} & held.keys():
                 if last.get(name, index) == index:
                     slots.give(graph.values[name], held.pop(name))
+
+    def _rounded_for(self, maker: Products, name: str, readers: list[Node | Products]) -> str:
+        """The format of the weights that a gated product's result is for alone, which it can round for them; or ""."""
+        gated = next(product for product in maker.products if product.output == name).up is not None
+        reader = readers[0]
+        if not gated or len(readers) > 1 or not isinstance(reader, Products):
+            return ""
+        if reader.norm is not None or reader.x != name or _width(self._graph.values[name]) % PANEL != 0:
+            return ""
+        weights = [node.inputs[1] for product in reader.products for node in product.nodes]
+        return self._weights[weights[0]].format if all(map(self._packs, weights)) else ""
 
     def _packs(self, weight: str) -> bool:
         return _native.packs(self._weights[weight].format, self.isa)

@@ -1,26 +1,40 @@
-// What a product makes of a panel's sums: their bias, a gate, an addition. Included by packed.cpp.
+// What a product makes of a panel's sums: their bias, a gate, an addition; or the next product's rounded rows. Included
+// by packed.cpp.
 #pragma once
 
-#include "panels.h"
+#include "packed_bf16.h"
+#include "packed_f32.h"
+#include "packed_int8.h"
+#include "rows_bf16_tiles.h"
 #include "vector_exp.h"
 
 #if defined(FINIAL_PACKS_INT8)
 
 namespace finial::FINIAL_ISA {
 
+void round_tile(Rounding rounding, const float* x, int64_t n_in, int64_t rows, uint8_t* tile) {
+#if defined(FINIAL_PACKS_BF16)
+  if (rounding == Rounding::BF16) return round_bf16(x, n_in, rows, tile);
+#endif
+#if defined(FINIAL_PACKS_F32)
+  if (rounding == Rounding::F32) return arrange_rows(x, n_in, rows, tile);
+#endif
+  if (rounding == Rounding::INT8) round_int8(x, n_in, rows, tile);
+}
+
 namespace {
 
 FINIAL_INLINE V get(const float* p, int64_t n) { return n >= W ? load(p) : load_n(p, n); }
 FINIAL_INLINE void put(float* p, V a, int64_t n) { n >= W ? store(p, a) : store_n(p, a, n); }
 
-// c with its bias into the rows of y that the tile covers.
-void finish(const Product& p, int64_t panel, int64_t row, int64_t rows, const float* first, const float* second) {
+// Results of rows, to y [rows, stride]; `row` is the first one's number in what is added.
+FINIAL_INLINE void finish_rows(const Product& p, int64_t panel, int64_t row, int64_t rows, const float* first,
+                               const float* second, float* y, int64_t stride) {
   const int64_t n_out = p.first->n_out, o = panel * PANEL, count = n_out - o < PANEL ? n_out - o : PANEL;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t at = (row + r) * n_out + o;
+  const float *b = p.first->bias, *b2 = p.second != nullptr ? p.second->bias : nullptr;
+  for (int64_t r = 0; r < rows; ++r)
     for (int64_t i = 0; i < count; i += W) {
       const int64_t n = count - i;
-      const float *b = p.first->bias, *b2 = p.second != nullptr ? p.second->bias : nullptr;
       V a = load(first + r * PANEL + i);
       if (b != nullptr) a = add(a, get(b + o + i, n));
       if (p.second != nullptr) {
@@ -28,10 +42,23 @@ void finish(const Product& p, int64_t panel, int64_t row, int64_t rows, const fl
         if (b2 != nullptr) up = add(up, get(b2 + o + i, n));
         a = gated(a, up);
       }
-      if (p.add != nullptr) a = add(get(p.add + at + i, n), a);
-      put(p.y + at + i, a, n);
+      if (p.add != nullptr) a = add(get(p.add + (row + r) * n_out + o + i, n), a);
+      put(y + r * stride + i, a, n);
     }
-  }
+}
+
+// A tile's sums, or of those rows [from, from + rows) where rounded rows are no neighbours' (Rounding::INT8, and BF16 of
+// tile registers), to where the product's results go.
+void finish(const Product& p, int64_t panel, const Tile& tile, int64_t from, int64_t rows, const float* first,
+            const float* second) {
+  const int64_t row = tile.first + from, n_out = p.first->n_out;
+  if (p.as == Rounding::None)
+    return finish_rows(p, panel, row, rows, first, second, p.y + row * n_out + panel * PANEL, n_out);
+  alignas(64) float results[TILE * PANEL];
+  finish_rows(p, panel, row, rows, first, second, results, PANEL);
+  const int64_t each = rounded_bytes(p.as, PANEL);
+  uint8_t* y = reinterpret_cast<uint8_t*>(p.y) + tile.first * rounded_bytes(p.as, n_out);
+  round_tile(p.as, results, PANEL, rows, y + (panel * tile.count + from) * each);
 }
 
 }  // namespace

@@ -48,6 +48,8 @@ struct Product {
   float* y;              // [rows, n_out]; may be `add`
   int64_t rows;
   int64_t begin, end;  // the tiles of rows that take part, at most Blocking::group
+  // None, or y holds the result rounded, as the next product's x; then n_out is a multiple of PANEL and add is null.
+  Rounding as = Rounding::None;
 };
 
 // How many rows meet a panel.

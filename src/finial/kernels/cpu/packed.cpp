@@ -60,19 +60,37 @@ FINIAL_INLINE T chains(int64_t rounds, T start, F step, T (*together)(T, T)) {
   return all;
 }
 
+#if defined(FINIAL_TILES)
+int64_t peak_of_tiles(bool bf16, int64_t rounds) {
+  const Tiles registers(TILE, 16);
+  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  tile_zero<4>(), tile_zero<5>(), tile_zero<6>(), tile_zero<7>();
+  for (int64_t i = 0; i < 16 * rounds; ++i) {
+    if (bf16)
+      tile_dot_bf16<0, 4, 6>(), tile_dot_bf16<1, 4, 7>(), tile_dot_bf16<2, 5, 6>(), tile_dot_bf16<3, 5, 7>();
+    else
+      tile_dot_int8<0, 4, 6>(), tile_dot_int8<1, 4, 7>(), tile_dot_int8<2, 5, 6>(), tile_dot_int8<3, 5, 7>();
+  }
+  return 16 * rounds * 4 * TILE * 16 * 16 * (bf16 ? 4 : 8);
+}
+#endif
+
 }  // namespace
 
 int64_t peak(Rounding kind, int64_t rounds, float* sink) {
+#if defined(FINIAL_TILES)
+  if (kind == Rounding::BF16 || kind == Rounding::INT8) return peak_of_tiles(kind == Rounding::BF16, rounds);
+#endif
   const int64_t steps = rounds * 64 * CHAINS;
   V one = set1(*sink + 1.0f), half = set1(*sink + 0.5f);
-#if defined(FINIAL_PACKS_BF16)
+#if defined(FINIAL_PACKS_BF16) && !defined(FINIAL_TILES)
   if (kind == Rounding::BF16) {
     const V y = chains(rounds, zero(), [&](V a) { return dot_bf16(a, load_i(&one), load_i(&half)); }, add);
     *sink = sum(y);
     return steps * W * 4;
   }
 #endif
-#if defined(FINIAL_PACKS_INT8)
+#if defined(FINIAL_PACKS_INT8) && !defined(FINIAL_TILES)
   if (kind == Rounding::INT8) {
     // Of the sum itself, or a product apart from its addition would be computed once for all rounds.
     const I x = load_i(&one);
@@ -132,7 +150,7 @@ void multiply_bf16(const Product& p, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < count; ++i) {
       const Tile t = tile_of(p.rows, p.begin + i);
       const uint8_t* x = p.x + t.first * row;
-      if (p.rows > TILE) expect({p.y + t.first * p.first->n_out + panel * PANEL, p.first->n_out}, 0, t.count);
+      if (p.rows > TILE && p.as == Rounding::None) expect({p.y + t.first * p.first->n_out + panel * PANEL, p.first->n_out}, 0, t.count);
       const auto part = [&](int64_t at, int64_t of) {
         return more ? Soon{next + bytes * at / of / 64 * 64, next + bytes * (at + 1) / of / 64 * 64}
                     : Soon{nullptr, nullptr};
@@ -143,7 +161,7 @@ void multiply_bf16(const Product& p, int64_t begin, int64_t end) {
         meet_bf16(t.count, w, x, n_in, first, part(2 * i, 2 * count));
         meet_bf16(t.count, p.second->packed + panel * p.second->stride, x, n_in, second, part(2 * i + 1, 2 * count));
       }
-      finish(p, panel, t.first, t.count, first, second);
+      finish(p, panel, t, 0, t.count, first, second);
     }
   }
 }
@@ -189,28 +207,20 @@ void unpack(const Linear& l, int64_t row, float* out) {
   }
 }
 
-void round_tile(Rounding rounding, const float* x, int64_t n_in, int64_t rows, uint8_t* tile) {
-#if defined(FINIAL_PACKS_BF16)
-  if (rounding == Rounding::BF16) return round_bf16(x, n_in, rows, tile);
-#endif
-#if defined(FINIAL_PACKS_F32)
-  if (rounding == Rounding::F32) return arrange_rows(x, n_in, rows, tile);
-#endif
-  if (rounding == Rounding::INT8) round_int8(x, n_in, rows, tile);
-}
-
 void multiply(const Product& p, int64_t begin, int64_t end) {
 #if defined(FINIAL_BF16_PANELS)
   if (p.first->format == Format::BF16) return multiply_bf16(p, begin, end);
 #endif
   alignas(64) float first[GROUP * TILE * PANEL], second[GROUP * TILE * PANEL];
-  const int64_t row = tile_of(p.rows, p.begin).first,
-                past = p.end < tiles(p.rows, BLOCKING) ? tile_of(p.rows, p.end).first : p.rows;
+  const int64_t row = tile_of(p.rows, p.begin).first;
   for (int64_t panel = begin; panel < end; ++panel) {
-    const Target target{p.y + row * p.first->n_out + panel * PANEL, p.first->n_out};
+    const Target target{p.as == Rounding::None ? p.y + row * p.first->n_out + panel * PANEL : nullptr, p.first->n_out};
     meet(*p.first, panel, p, target, first);
     if (p.second != nullptr) meet(*p.second, panel, p, target, second);
-    finish(p, panel, row, past - row, first, second);
+    for (int64_t i = p.begin; i < p.end; ++i) {
+      const Tile t = tile_of(p.rows, i);
+      finish(p, panel, t, 0, t.count, first + (t.first - row) * PANEL, second + (t.first - row) * PANEL);
+    }
   }
 }
 

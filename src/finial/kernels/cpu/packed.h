@@ -30,6 +30,9 @@ struct Int8Block {
   float minimum;      // -scale sum(q): what a weight's minimum of -1 adds
 };
 
+// Behind rounded rows: tile registers take as many rows of every tile as the largest one has.
+constexpr int64_t SPARE_BYTES = 1024;
+
 inline int64_t tiles(int64_t rows, const Blocking& b) { return (rows + b.tile - 1) / b.tile; }
 inline int64_t panels(const Linear& l) { return (l.n_out + PANEL - 1) / PANEL; }
 

@@ -18,7 +18,6 @@ namespace finial::FINIAL_ISA {
 
 namespace {
 
-constexpr int64_t DEPTH = 32, DEPTH_BYTES = DEPTH / 2 * PANEL * 4, LINE_BYTES = 64;
 constexpr int64_t NEAR_STEPS = 20;  // steps of a panel that stay in the first-level cache, at most
 constexpr int64_t SLOT = TILE * PANEL;  // floats of a tile's results
 
@@ -55,14 +54,15 @@ FINIAL_INLINE void add_steps(const uint8_t* w, const uint8_t* x0, int64_t x0_byt
 
 // Results of tiles that wait to be finished, some rows at a time.
 struct Finisher {
-  int64_t panel = 0, row = 0, rows = 0;  // rows of the product
+  int64_t panel = 0, from = 0, rows = 0;
+  Tile tile{};
   const float *first = nullptr, *second = nullptr;
 
   void some(const Product& p, int64_t most) {
     const int64_t n = rows < most ? rows : most;
     if (n == 0) return;
-    finish(p, panel, row, n, first, second);
-    row += n, rows -= n, first += n * PANEL, second += n * PANEL;
+    finish(p, panel, tile, from, n, first, second);
+    from += n, rows -= n, first += n * PANEL, second += n * PANEL;
   }
 };
 
@@ -72,11 +72,12 @@ void multiply_bf16(const Product& p, int64_t begin, int64_t end) {
   const int64_t n_in = p.first->n_in, steps = steps_of(n_in), row = rounded_bytes(Rounding::BF16, n_in);
   const int64_t chunks = p.end - p.begin > 2 ? (steps + NEAR_STEPS - 1) / NEAR_STEPS : 1;
   const uint8_t* x[GROUP];
-  int64_t x_bytes[GROUP], rows[GROUP], at[GROUP], most = 0;
+  Tile tile[GROUP];
+  int64_t x_bytes[GROUP], most = 0;
   const int64_t count = p.end - p.begin;
   for (int64_t i = 0; i < count; ++i) {
-    const Tile t = tile_of(p.rows, p.begin + i);
-    x[i] = p.x + t.first * row, x_bytes[i] = t.count * LINE_BYTES, rows[i] = t.count, at[i] = t.first;
+    const Tile t = tile[i] = tile_of(p.rows, p.begin + i);
+    x[i] = p.x + t.first * row, x_bytes[i] = t.count * LINE_BYTES;
     most = t.count > most ? t.count : most;
   }
   const Tiles registers(most, DEPTH / 2);
@@ -108,25 +109,13 @@ void multiply_bf16(const Product& p, int64_t begin, int64_t end) {
           if (!last) continue;
           for (int64_t j = i; j < i + 1 + two; ++j) {
             waiting.some(p, TILE);
-            waiting = {panel, at[j], rows[j], first + j * SLOT, second + j * SLOT};
+            waiting = {panel, 0, tile[j].count, tile[j], first + j * SLOT, second + j * SLOT};
           }
         }
       }
     }
   }
   waiting.some(p, TILE);
-}
-
-void round_bf16(const float* x, int64_t n_in, int64_t rows, uint8_t* tile) {
-  for (int64_t row = 0; row < rows; ++row, x += n_in) {
-    uint8_t* to = tile + row * LINE_BYTES;
-    int64_t k = 0;
-    for (; k + DEPTH <= n_in; k += DEPTH, to += rows * LINE_BYTES) store_i(to, bf16_pairs(load(x + k), load(x + k + W)));
-    if (k < n_in) {
-      const int64_t n = n_in - k;
-      store_i(to, bf16_pairs(n < W ? load_n(x + k, n) : load(x + k), n > W ? load_n(x + k + W, n - W) : zero()));
-    }
-  }
 }
 
 }  // namespace

@@ -137,6 +137,11 @@ void round_blocks(const float* x, Int8Block* out, int64_t step) {
 #endif
 
 void round_int8(const float* x, int64_t n_in, int64_t rows, uint8_t* tile) {
+#if defined(FINIAL_AVX512)
+  if (n_in == 32)  // of each row one block
+    for (; rows >= W; rows -= W, x += 32 * W, tile += W * sizeof(Int8Block))
+      round_blocks(x, reinterpret_cast<Int8Block*>(tile), 1);
+#endif
   for (int64_t row = 0; row < rows; ++row, x += n_in) {
     Int8Block* out = reinterpret_cast<Int8Block*>(tile) + row;
     int64_t k = 0;

@@ -15,7 +15,7 @@ constexpr int PANEL_VECTORS = static_cast<int>(PANEL) / W;
 
 #if defined(FINIAL_TILES)
 constexpr int64_t TILE = 16;   // rows of a tile register
-constexpr int64_t GROUP = 16;  // a panel's results, 32 KiB
+constexpr int64_t GROUP = 32;  // a panel's results, 64 KiB
 constexpr int64_t GROUP_BYTES = int64_t{1280} << 10;
 #else
 constexpr int64_t TILE = 12;   // 24 accumulators of the 32 registers
@@ -49,7 +49,7 @@ struct Soon {
   const uint8_t *begin, *end;
 };
 
-// Where the results of a panel will go, rows `stride` apart: asked for while they are computed, for a matrix of results
+// Where the results of a panel will go, rows `stride` apart, or null: asked for while they are computed, for a matrix of results
 // is too large for the second-level cache and each line of it is written once.
 struct Target {
   const float* y;
@@ -57,7 +57,7 @@ struct Target {
 };
 FINIAL_INLINE void expect(const Target& t, int64_t begin, int64_t end) {
 #if defined(__GNUC__)
-  for (int64_t r = begin; r < end; ++r)
+  for (int64_t r = begin; r < end && t.y != nullptr; ++r)
     for (int64_t i = 0; i < PANEL; i += 16) __builtin_prefetch(t.y + r * t.stride + i, 1);
 #else
   (void)t, (void)begin, (void)end;

@@ -27,6 +27,7 @@ const uint8_t* Program::prepare(const Linears& p, const Step& step, int64_t rows
   const float* x = step.buffers[static_cast<size_t>(p.x)];
   if (p.rounding == Rounding::None && p.norm == nullptr) return reinterpret_cast<const uint8_t*>(x);
   const bool shared = rows > kernels_->blocking.tile;
+  if (shared && buffers_[static_cast<size_t>(p.x)].as != Rounding::None) return reinterpret_cast<const uint8_t*>(x);
   uint8_t* out = shared ? step.rounded[static_cast<int>(p.rounding)] : scratch;
   scratch += kernels_->blocking.tile * rounded(bytes, 64);
   float* normal = reinterpret_cast<float*>(scratch);
@@ -113,7 +114,7 @@ void Program::multiply_many(const Instruction& i, const Step& step, int thread) 
       const int64_t begin = std::max<int64_t>(from - before, 0), end = std::min(to - before, m.units);
       if (begin < end)
         kernels_->multiply({matrix(m.weight), matrix(m.second), x, at(m.add), at(m.out), rows, count * group / groups,
-                            count * (group + 1) / groups},
+                            count * (group + 1) / groups, buffers_[static_cast<size_t>(m.out)].as},
                            begin, end);
       before += m.units;
     }

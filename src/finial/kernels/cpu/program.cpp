@@ -69,6 +69,14 @@ int Program::buffer(int dimension, int64_t width, int slot) {
   return static_cast<int>(buffers_.size()) - 1;
 }
 
+void Program::keep_rounded(int buffer, Format format) {
+  const Buffer& b = check(buffer, "keep_rounded");
+  const Rounding as = kernels_->rounding(format);
+  require(b.slot >= 0 && as != Rounding::None && b.width % PANEL == 0 && rounded_bytes(as, b.width) <= 4 * b.width,
+          "keep_rounded: a buffer of the arena, of whole panels, for packed weights");
+  buffers_[static_cast<size_t>(buffer)].as = as;
+}
+
 int Program::input(int dimension, int64_t width) {
   require(dimension >= 0 && dimension < dimensions_ && width >= 1, "input: dimension or width out of range");
   buffers_.push_back({dimension, width, -1, inputs_++, false});
@@ -260,6 +268,7 @@ void Program::linears(int x, const float* norm, int64_t norm_width, float eps, s
   const Buffer& in = check(x, "linear");
   require(!members.empty() && (norm == nullptr || norm_width == in.width),
           "linear: at least one product; a norm as wide as the input");
+  require(in.as == Rounding::None || norm == nullptr, "linear: rounded rows are not normalised");
   const auto matrix = [&](int weight, const Buffer& y) -> const finial::Linear& {
     require(weight >= 0 && weight < static_cast<int>(weights_.size()), "linear: no such weight");
     const finial::Linear& w = weights_[static_cast<size_t>(weight)];
@@ -271,6 +280,8 @@ void Program::linears(int x, const float* norm, int64_t norm_width, float eps, s
   const Rounding rounding = kernels_->rounding(matrix(members[0].weight, check(members[0].out, "linear")).format);
   for (const Linears::Member& m : members) {
     const Buffer& y = check(m.out, "linear");
+    require(y.as == Rounding::None || (rounding != Rounding::None && m.add < 0),
+            "linear: results are rounded where weights are packed and nothing is added");
     require(kernels_->rounding(matrix(m.weight, y).format) == rounding, "linear: one rounding of the input for all");
     for (int w : writes) require(w != resource(m.out), "linear: each product has an output of its own");
     writes.push_back(resource(m.out));
@@ -283,8 +294,9 @@ void Program::linears(int x, const float* norm, int64_t norm_width, float eps, s
       reads.push_back(resource(m.add));
     }
   }
+  require(in.as == Rounding::None || in.as == rounding, "linear: the input is rounded for other products");
   // The rounded rows of one kind have one place, when they are shared.
-  if (rounding != Rounding::None || norm != nullptr) writes.push_back(ROUNDED - static_cast<int>(rounding));
+  if ((rounding != Rounding::None && in.as == Rounding::None) || norm != nullptr) writes.push_back(ROUNDED - static_cast<int>(rounding));
   linears_.push_back({x, norm, eps, rounding, std::move(members), {}});
   share_out(linears_.back());
   Instruction i{Op::Linears};

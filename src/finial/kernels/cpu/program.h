@@ -135,6 +135,9 @@ class Program {
 
   // Building. Indices returned are what later calls take; a shape that does not fit throws std::invalid_argument.
   int dimension();                                                // a number of rows that each step gives
+  // Many rows of a buffer, which one product makes and others read, all with matrices of this format, lie in it rounded,
+  // as these want them.
+  void keep_rounded(int buffer, Format format);
   int buffer(int dimension, int64_t width, int slot);             // slot: arena memory that buffers take turns in
   int input(int dimension, int64_t width);                        // an array given to `run`: only read
   int output(int dimension, int64_t width);                       // an array given to `run`: only written
@@ -195,6 +198,7 @@ class Program {
     int slot;      // -1: external
     int external;  // inputs count from 0, outputs too; -1: arena
     bool is_output;
+    Rounding as = Rounding::None;  // how many rows lie in it: see `keep_rounded`
   };
   struct RopeTable {
     int positions, dimension;

@@ -91,6 +91,7 @@ void Program::reserve(Step& step) {
     table_offsets.push_back(total);
     total += rounded(2 * step.sizes[static_cast<size_t>(t.dimension)] * t.half, LINE);
   }
+  total += rounded(SPARE_BYTES, 4 * LINE) / 4;
   const size_t bytes = static_cast<size_t>(total) * sizeof(float);
   if (arena_.size() < bytes) {
     arena_ = Memory();
@@ -129,7 +130,7 @@ void Program::reserve(Step& step) {
           wanted = std::max(wanted, kernels_->linear_scratch(weights_[static_cast<size_t>(m.weight)], rows));
       wanted += tile * row / 4 + rounded(tile * x.width, LINE);
       int64_t& whole = shared[static_cast<int>(p.rounding)];
-      if (rows > tile) whole = std::max(whole, rows * row);
+      if (rows > tile) whole = std::max(whole, rows * row + SPARE_BYTES);
     }
     if (i.op == Op::Attention) {
       const CacheSpec& cache = plans_[static_cast<size_t>(i.plan)].cache;
