@@ -20,7 +20,7 @@ struct Q8 {
   static constexpr uint32_t ZERO = BIAS_Q8;  // four weights of 0 as they are packed
   FINIAL_INLINE void load(const uint8_t* p, I (&w)[8][PANEL_VECTORS]) {
     for (int j = 0; j < 8; ++j)
-      for (int v = 0; v < PANEL_VECTORS; ++v) w[j][v] = load_i(p + (j * PANEL_VECTORS + v) * W * 4);
+      for (int v = 0; v < PANEL_VECTORS; ++v) w[j][v] = biased_q8(load_i(p + (j * PANEL_VECTORS + v) * W * 4));
   }
   FINIAL_INLINE I start(const Int8Block& x) { return start_q8(x.offset_q8); }
   FINIAL_INLINE I dot(I acc, I w, I x) { return dot_q8(acc, w, x); }

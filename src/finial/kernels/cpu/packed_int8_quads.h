@@ -12,6 +12,7 @@
 #pragma once
 
 #include "packed_int8.h"
+#include "packed_int8_tiles.h"
 
 #if defined(FINIAL_PACKS_INT8) && !defined(FINIAL_ISA_avx2)
 
@@ -44,7 +45,7 @@ FINIAL_INLINE void add_block(const I (&w)[8][PANEL_VECTORS], const Scale& scale,
     }
 }
 
-#if defined(FINIAL_AVX512)
+#if defined(FINIAL_AVX512) && !defined(FINIAL_TILES)
 
 constexpr int64_t TABLE_ROWS = 48;
 constexpr int FRACTION = 4;  // bits of a row's scale behind the leading one: Int8Block
@@ -112,6 +113,8 @@ void one_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT
   for (int v = 0; v < PANEL_VECTORS; ++v) store(c + v * W, acc[v]);
 }
 
+#if !defined(FINIAL_TILES)
+
 template <class Q, int N>
 FINIAL_RARE void add_rare(const uint8_t* p, const Multiply& scale, const Int8Block* x, float* c) {
   I w[8][PANEL_VECTORS];
@@ -148,6 +151,8 @@ FINIAL_APART void add_rows(const uint8_t* FINIAL_RESTRICT p, const Scale& scale,
   }
 }
 
+#endif
+
 // c [rows, PANEL] = a panel times 2 to TILE rows. Where their arithmetic takes about as long as reading the panel, it
 // is asked for AHEAD bytes early, a few lines with each pair of rows.
 template <class Q>
@@ -179,6 +184,9 @@ void tiles_int8(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT
   const Rows taken = rows_of(x, rows, begin, end, blocks);
   if (taken.rows == 1) return one_int8<Q>(w, taken.x[0], blocks, c);
   if (rows <= TILE) return few_int8<Q>(w, taken.x[0], taken.rows, blocks, c);
+#if defined(FINIAL_TILES)
+  return meet_registers<Q>(w, taken, blocks, target, c);
+#else
   for (int64_t i = 0; i < taken.rows * PANEL; i += W) store(c + i, zero());
   for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK) {
     V scale[PANEL_VECTORS];
@@ -194,6 +202,7 @@ void tiles_int8(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT
 #endif
     add_rows<Q>(w, product, product, taken, b, c);
   }
+#endif
 }
 
 }  // namespace

@@ -147,6 +147,7 @@ FINIAL_INLINE I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
 FINIAL_INLINE I start_q8(int32_t) { return _mm256_setzero_si256(); }
 FINIAL_INLINE I start_q4(int32_t offset) { return _mm256_set1_epi32(offset); }
 // Pairs of bytes are summed in 16 bits: |q| <= 128 times |x| <= 127 twice is 32512, so nothing saturates.
+FINIAL_INLINE I biased_q8(I w) { return w; }
 FINIAL_INLINE I dot_q8(I acc, I w, I x) {
   const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

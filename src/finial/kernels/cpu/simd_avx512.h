@@ -116,7 +116,13 @@ FINIAL_INLINE V pick_high(Levels levels, const uint8_t* p) {
 #define FINIAL_PACKS_BF16 1
 #define FINIAL_PACKS_INT8 1
 using I = __m512i;
-constexpr uint32_t BIAS_Q8 = 0x80808080u;  // packed bytes are q + 128: the instruction takes the first operand unsigned
+// The instruction takes its first operand unsigned, so it multiplies q + 128; packed bytes are that, but for tile
+// registers, which take them signed.
+#if defined(FINIAL_TILES)
+constexpr uint32_t BIAS_Q8 = 0;
+#else
+constexpr uint32_t BIAS_Q8 = 0x80808080u;
+#endif
 FINIAL_INLINE I load_i(const void* p) { return _mm512_loadu_si512(p); }
 FINIAL_INLINE I broadcast(const void* p) {
   int32_t word;
@@ -126,6 +132,9 @@ FINIAL_INLINE I broadcast(const void* p) {
 FINIAL_INLINE I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
 FINIAL_INLINE I start_q8(int32_t offset) { return _mm512_set1_epi32(offset); }
 FINIAL_INLINE I start_q4(int32_t offset) { return _mm512_set1_epi32(offset); }
+FINIAL_INLINE I biased_q8(I w) {
+  return BIAS_Q8 == 0 ? _mm512_xor_si512(w, _mm512_set1_epi32(static_cast<int>(0x80808080u))) : w;
+}
 FINIAL_INLINE I dot_q8(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
 FINIAL_INLINE I dot_q4(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
 FINIAL_INLINE I low_nibbles(I a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }

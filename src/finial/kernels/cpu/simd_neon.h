@@ -115,6 +115,7 @@ FINIAL_INLINE I broadcast(const void* p) {
 }
 FINIAL_INLINE I start_q8(int32_t) { return vdupq_n_s32(0); }
 FINIAL_INLINE I start_q4(int32_t offset) { return vdupq_n_s32(offset); }
+FINIAL_INLINE I biased_q8(I w) { return w; }
 FINIAL_INLINE I dot_q8(I acc, I w, I x) {
   const int8x16_t a = vreinterpretq_s8_s32(w), b = vreinterpretq_s8_s32(x);
 #if defined(FINIAL_ISA_neon_dot)

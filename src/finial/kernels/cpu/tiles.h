@@ -66,10 +66,10 @@ template <int C, int A, int B>
 FINIAL_INLINE void tile_dot_bf16() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
 }
-// Signed bytes of activations, unsigned ones of weights.
+// Signed bytes of both.
 template <int C, int A, int B>
 FINIAL_INLINE void tile_dot_int8() {
-  __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
 }
 
 #endif
