@@ -101,6 +101,7 @@ void one_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT
   for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK, ++x) {
     I weights[8][PANEL_VECTORS], sums[PANEL_VECTORS];
     V scale[PANEL_VECTORS];
+    stream(w, Q::BLOCK);
     for (int v = 0; v < PANEL_VECTORS; ++v) scale[v] = load_f16(w + v * W * 2);
     Q::load(w + PANEL * 2, weights);
     for (I& s : sums) s = Q::start(*x);
@@ -158,7 +159,7 @@ FINIAL_APART void add_rows(const uint8_t* FINIAL_RESTRICT p, const Scale& scale,
 template <class Q>
 void few_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t rows, int64_t blocks,
               float* FINIAL_RESTRICT c) {
-  const int64_t share = rows * 192 < Q::BLOCK ? 0 : (Q::BLOCK + 32 * rows - 1) / (32 * rows) * 64;  // for two rows
+  const int64_t share = STREAMS || rows * 192 < Q::BLOCK ? 0 : (Q::BLOCK + 32 * rows - 1) / (32 * rows) * 64;  // for two rows
   for (int64_t i = 0; i < rows * PANEL; i += W) store(c + i, zero());
   for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK) {
     I weights[8][PANEL_VECTORS];
@@ -167,6 +168,7 @@ void few_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT
     const Multiply product{scale};
     Q::load(w + PANEL * 2, weights);
     const uint8_t* next = w + AHEAD;
+    stream(w, Q::BLOCK);
     float* at = c;
     int64_t r = 0;
     for (; r + 2 <= rows; r += 2, x += 2, at += 2 * PANEL, next += share) {

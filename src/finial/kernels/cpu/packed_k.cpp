@@ -155,6 +155,7 @@ void one_k(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x,
     K::load(w, f);
     for (int p = 0; p < GROUPS / 2; ++p, x += 2) {
       const uint8_t* pair = w + K::HEAD + p * K::PAIR;
+      stream(pair, K::PAIR);
       add_group<K, 0>(pair, f, 2 * p, x[0], acc);
       add_group<K, 1>(pair, f, 2 * p + 1, x[1], acc);
     }
@@ -211,8 +212,10 @@ FINIAL_APART void meet_group(const uint8_t* pair, const typename K::Factors& f, 
   take<K, ODD>(pair, f, group, g);
   const int64_t share = K::BYTES / GROUPS, ahead = (share + 64 * rows.tiles) / (64 * rows.tiles) * 64;
   const uint8_t* next = pair + K::PAIR + ODD * share;
+  const bool few = STREAMS && rows.rows <= TILE;
+  if (few) stream(pair + ODD * share, share + 63);
   for (int64_t i = 0; i < rows.tiles; ++i) {
-    prefetch(next + i * ahead, ahead);
+    if (!few) prefetch(next + i * ahead, ahead);
     const Int8Block *x = rows.x[i] + block * rows.count[i], *end = x + rows.count[i];
     for (; x + 2 <= end; x += 2, c += 2 * PANEL) add_rows<K, 2>(g, x, c);
     if (x < end) add_rows<K, 1>(g, x, c), c += PANEL;

@@ -44,6 +44,22 @@ FINIAL_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
 #endif
 }
 
+// On processors with tile registers few rows, and one, ask for int8 panels into the second-level cache instead: they read
+// a tenth (one row) to a third faster. On AMD's that gains nothing.
+constexpr bool STREAMS =
+#if defined(FINIAL_TILES)
+    true;
+#else
+    false;
+#endif
+FINIAL_INLINE void stream(const uint8_t* w, int64_t bytes) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; STREAMS && i < bytes; i += 64) __builtin_prefetch(w + 2 * AHEAD + i, 0, 2);
+#else
+  (void)w, (void)bytes;
+#endif
+}
+
 // Memory that is read soon and asked for meanwhile.
 struct Soon {
   const uint8_t *begin, *end;
