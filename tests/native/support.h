@@ -89,6 +89,7 @@ void test_attention(Report& report, const Kernels* kernels);
 void test_elementwise(Report& report, const Kernels* kernels);
 void test_decode(Report& report, const Kernels* kernels);
 void test_layer(Report& report, const Kernels* kernels);
+void test_tiles(Report& report, const Kernels* registers, const Kernels* emulated);
 void test_pool(Report& report);
 
 }  // namespace finial::test

@@ -20,7 +20,8 @@ from finial.machine import Sources, bandwidth_bytes, measure_bandwidth, probe_cp
 
 SOURCE = Path(__file__).with_name("probe.c")
 SECONDS = 0.15  # a dozen passes over the buffer
-PEAKS = {"f32": 0, "bf16": 1, "int8": 2}
+PEAKS = {"f32": 0, "bf16": 1, "int8": 2}  # kinds of probe.c
+TILE_PEAKS = {"bf16": ("amx_bf16", 3), "int8": ("amx_int8", 4)}  # where the CPU has the feature
 
 
 class Probe:
@@ -34,6 +35,7 @@ class Probe:
         self._library, self.error = _build(cache)
         self._cpus = _cpus()
         cpu = probe_cpu(Sources())
+        self._features = cpu.features
         self._bytes, self._last_level = bandwidth_bytes(cpu, probe_memory(Sources())), cpu.last_level_bytes
 
     def now(self, threads: int, nbytes: int = 0) -> dict[str, Any]:
@@ -49,11 +51,14 @@ class Probe:
         return {**now, "from_cache": cached}
 
     def peaks(self, threads: int) -> dict[str, float]:
-        """1e9 operations per second by kind of number; those that this CPU has."""
+        """1e9 operations per second by kind of number; those that this CPU has, by its fastest instruction."""
         if self._library is None:
             return {}
         cpus = (ctypes.c_int * threads)(*(self._cpus[i % len(self._cpus)] for i in range(threads)))
         found = {name: self._library.peak_gops(kind, cpus, threads, 0.2) for name, kind in PEAKS.items()}
+        for name, (feature, kind) in TILE_PEAKS.items():
+            if feature in self._features:
+                found[name] = max(found[name], self._library.peak_gops(kind, cpus, threads, 0.2))
         return {name: round(value, 1) for name, value in found.items() if value > 0}
 
     def _latency(self) -> float | None:

@@ -9,6 +9,11 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define TILES 1
+#endif
 
 static double now(void) {
   struct timespec t;
@@ -98,6 +103,29 @@ PEAK(peak_i8, "avx512f,avx512vnni", __m512i, _mm512_setzero_si512(),
      sum[c] = _mm512_dpbusd_epi32(sum[c], _mm512_set1_epi8(1), _mm512_set1_epi8(1)))
 #endif
 
+#if defined(TILES)
+// Tile registers: products of 16 rows of 64 bytes with 16 columns, on the zeros that the registers begin with.
+#define TILE_PEAK(NAME, PRODUCT)                                                                           \
+  __attribute__((noinline)) static void NAME(void) {                                                       \
+    static const struct {                                                                                  \
+      uint8_t palette, start, nothing[14];                                                                 \
+      uint16_t bytes[16];                                                                                  \
+      uint8_t rows[16];                                                                                    \
+    } shape = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};             \
+    __asm__ volatile("ldtilecfg %0" : : "m"(shape) : "memory");                                            \
+    for (int i = 0; i < INNER / 4; ++i)                                                                    \
+      __asm__ volatile(PRODUCT " %tmm6, %tmm4, %tmm0\n" PRODUCT " %tmm7, %tmm4, %tmm1\n"                   \
+                       PRODUCT " %tmm6, %tmm5, %tmm2\n" PRODUCT " %tmm7, %tmm5, %tmm3");                   \
+    __asm__ volatile("tilerelease");                                                                       \
+  }
+TILE_PEAK(peak_bf16_tiles, "tdpbf16ps")
+TILE_PEAK(peak_i8_tiles, "tdpbssd")
+
+static int tiles_permitted(void) {
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+}
+#endif
+
 typedef struct {
   void (*work)(void);
   int cpu;
@@ -118,10 +146,15 @@ static void* race(void* argument) {
   return 0;
 }
 
-// kind: 0 f32 (AVX2 FMA), 1 bf16 (vdpbf16ps), 2 int8 (vpdpbusd).  1e9 operations per second of all CPUs together.
+// kind: 0 f32 (AVX2 FMA), 1 bf16 (vdpbf16ps), 2 int8 (vpdpbusd); 3 bf16 and 4 int8 in AMX tile registers, which the caller
+// knows to be there.  1e9 operations per second of all CPUs together.
 double peak_gops(int kind, const int* cpus, int threads, double seconds) {
   void (*work)(void) = 0;
-  double lanes = 0;
+  double lanes = 0;  // products of one instruction
+  const double instructions = kind < 3 ? CHAINS * INNER : INNER;
+#if defined(TILES)
+  if (kind >= 3 && tiles_permitted()) work = kind == 3 ? peak_bf16_tiles : peak_i8_tiles, lanes = kind == 3 ? 8192 : 16384;
+#endif
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (kind == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) work = peak_f32, lanes = 8;
@@ -138,7 +171,7 @@ double peak_gops(int kind, const int* cpus, int threads, double seconds) {
   }
   for (int t = 0; t < threads; ++t) {
     pthread_join(handles[t], 0);
-    total += 2.0 * lanes * CHAINS * INNER / runners[t].best / 1e9;
+    total += 2.0 * lanes * instructions / runners[t].best / 1e9;
   }
   return total;
 }

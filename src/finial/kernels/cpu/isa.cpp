@@ -53,6 +53,11 @@ namespace amx {
 extern const Kernels kernels;
 }
 #endif
+#ifdef FINIAL_HAS_amx_emulated
+namespace amx_emulated {
+extern const Kernels kernels;
+}
+#endif
 #ifdef FINIAL_HAS_neon
 namespace neon {
 extern const Kernels kernels;
@@ -177,6 +182,9 @@ std::vector<Choice> choices() {  // slowest first
   const bool avx512 = f.avx2 && f.fma && f.f16c && f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq &&
                       f.avx512_bf16 && f.avx512_vnni;
   (void)avx512;
+#ifdef FINIAL_HAS_amx_emulated
+  list.push_back({&amx_emulated::kernels, avx512});  // for tests, and slow
+#endif
 #ifdef FINIAL_HAS_avx512
   list.push_back({&avx512::kernels, avx512});
 #endif
