@@ -163,6 +163,32 @@ void test_fused(Report& report, const Kernels* kernels, Format format, int64_t r
   report.equal(results[1].data(), results[3].data(), rows * NARROW, name + "norm and addition");
 }
 
+// A gated product that rounds its result for the one that reads it: the same bits as a result in float32, which that
+// one rounds itself.
+void test_kept_rounded(Report& report, const Kernels* kernels, Format format, int64_t rows, int threads) {
+  if (kernels->rounding(format) == Rounding::None) return;
+  const int64_t in = info(format).block == 256 ? 256 : 96, wide = info(format).block == 256 ? 512 : 160, narrow = 50;
+  const Weight gate(format, wide, in, 1), up(format, wide, in, 2), down(format, narrow, wide, 3);
+  Random random(5);
+  const Floats x = random.normals(rows * in), more = random.normals(rows * narrow);
+  Floats results[2];
+  for (int kept = 0; kept < 2; ++kept) {
+    Program p(std::make_shared<Pool>(threads), kernels);
+    const int n = p.dimension(), a = p.input(n, in), other = p.input(n, narrow), y = p.output(n, narrow),
+              middle = p.buffer(n, wide, 0);
+    const int first = p.weight(gate.linear(), false, nullptr, {true, format, -1});
+    const int second = p.weight(up.linear(), false, nullptr, {false, Format::F32, first});
+    if (kept == 1) p.keep_rounded(middle, format);
+    p.linears(a, nullptr, 0, 0, {{middle, first, second}});
+    p.linears(middle, nullptr, 0, 0, {{y, p.weight(down.linear(), false, nullptr), -1, other}});
+    results[kept] = Floats(static_cast<size_t>(rows * narrow));
+    p.run({rows}, {}, {array(x, rows), array(more, rows)}, {array(results[kept], rows)}, p.new_state(0, 1));
+  }
+  report.equal(results[0].data(), results[1].data(), rows * narrow,
+               std::string(kernels->name) + " linear " + info(format).name + ": " + std::to_string(rows) + " rows, " +
+                   std::to_string(threads) + " threads, rounded by the product before");
+}
+
 }  // namespace
 
 void test_linear(Report& report, const Kernels* kernels) {
@@ -171,6 +197,8 @@ void test_linear(Report& report, const Kernels* kernels) {
   for (int64_t i = 1; i <= 33; ++i) all.push_back(i);
   for (Format format : {Format::F32, Format::BF16, Format::Q8_0, Format::Q4_0, Format::Q4_K, Format::Q6_K})
     for (int64_t rows : {1, 13, 33}) test_fused(report, kernels, format, rows, rows == 13 ? 1 : 3);
+  for (Format format : {Format::BF16, Format::Q8_0, Format::Q4_0, Format::Q4_K})
+    for (int64_t rows : {5, 17, 61, 200}) test_kept_rounded(report, kernels, format, rows, rows == 17 ? 1 : 3);
   for (Format format : {Format::BF16, Format::Q8_0, Format::Q4_0}) {
     test_fused(report, kernels, format, 61, 2);
     if (format != Format::BF16) test_unusual(report, kernels, format);

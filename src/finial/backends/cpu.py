@@ -396,7 +396,7 @@ class CpuBackend:
 
     Attributes:
         threads: how many threads a step runs on.
-        isa: instruction set of the kernels: "baseline", "avx2" or "avx512"; "neon" or "neon_dot" on ARM.
+        isa: instruction set of the kernels: "baseline", "avx2", "avx512" or "amx"; "neon" or "neon_dot" on ARM.
         formats: of matrices that it multiplies.
     """
 
