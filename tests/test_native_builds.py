@@ -1,7 +1,8 @@
-"""The kernels' own tests (tests/native), cross-compiled for 64-bit ARM and run by an emulator.
+"""The kernels' own tests (tests/native) for what the machines which test finial do not have, or not all.
 
-NEON is the one instruction set that the machines which test finial do not have.  Needs a cross compiler and qemu-user;
-where they are missing the test is skipped, but never in CI, which installs them.
+NEON is cross-compiled for 64-bit ARM and run by an emulator.  Needs a cross compiler and qemu-user; where they are
+missing the test is skipped, but never in CI, which installs them.  Tile registers (AMX) are emulated in plain words, which
+takes AVX-512, and compared with the registers themselves where the processor has them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from finial import _native
+
 ROOT = Path(__file__).parents[1]
-BUILD = ROOT / "build" / "aarch64"  # kept: the next run compiles what changed
+BUILDS = ROOT / "build"  # kept: the next run compiles what changed
 NEEDED = {
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
     "qemu-aarch64": "qemu-user",
@@ -34,6 +37,18 @@ def call(*command: str, seconds: int) -> str:
     return done.stdout
 
 
+def build(name: str, *options: str) -> str:
+    """The native tests' program."""
+    cmake, ninja = tool("cmake"), tool("ninja")
+    assert cmake
+    options += ("-DFINIAL_NATIVE_TESTS=ON", "-DFINIAL_OPTIMIZE=-O1")
+    if ninja:
+        options += ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}")
+    call(cmake, "-S", str(ROOT), "-B", str(BUILDS / name), *options, seconds=120)
+    call(cmake, "--build", str(BUILDS / name), "--parallel", "2", seconds=600)
+    return str(BUILDS / name / "finial_op_tests")
+
+
 @pytest.mark.timeout(900)
 def test_neon_kernels_under_an_emulator() -> None:
     """Every kernel of the instruction sets baseline, neon and neon_dot; one case of each kind."""
@@ -44,17 +59,28 @@ def test_neon_kernels_under_an_emulator() -> None:
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)
-    cmake, ninja = tool("cmake"), tool("ninja")
-    assert cmake
-    options = ["-DFINIAL_NATIVE_TESTS=ON", "-DFINIAL_OPTIMIZE=-O1", "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++"]
-    options += ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"]
-    if ninja:
-        options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    call(cmake, "-S", str(ROOT), "-B", str(BUILD), *options, seconds=120)
-    call(cmake, "--build", str(BUILD), "--parallel", "2", seconds=600)
-    said = call(
-        "qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", str(BUILD / "finial_op_tests"), "--quick", seconds=600
-    ).splitlines()
+    program = build(
+        "aarch64",
+        "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++",
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+    )
+    said = call("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", program, "--quick", seconds=600).splitlines()
     assert said[:-1] == ["baseline", "neon", "neon_dot", "threads"]
     passed = re.fullmatch(r"(\d+) passed, 0 failed", said[-1])
     assert passed and int(passed[1]) > 500
+
+
+if "avx512" in _native.isas_available():
+
+    @pytest.mark.timeout(900)
+    def test_tile_registers_in_plain_words() -> None:
+        """Every kernel on emulated tile registers; and on the processor's own, which must give the same bits."""
+        if tool("cmake") is None and not os.environ.get("CI"):
+            pytest.skip("tile registers are not tested here: install cmake")
+        own = [isa for isa in ("amx",) if isa in _native.isas_available()]
+        program = build("tiles", f"-DFINIAL_ISAS={';'.join(['amx_emulated', *own])}")
+        said = call(program, "--quick", seconds=600).splitlines()
+        assert said[:-1] == ["amx_emulated", *own, "threads"]
+        passed = re.fullmatch(r"(\d+) passed, 0 failed", said[-1])
+        assert passed and int(passed[1]) > 250

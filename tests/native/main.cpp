@@ -29,8 +29,7 @@ int main(int count, char** arguments) {
       test::test_layer(report, kernels);
     }
     const auto has = [&](const char* isa) { return std::find(isas.begin(), isas.end(), isa) != isas.end(); };
-    if (has("amx") && has("amx_emulated"))
-      test::test_tiles(report, find_kernels("amx"), find_kernels("amx_emulated"));
+    if (has("amx") && has("amx_emulated")) test::test_tiles(report, find_kernels("amx"), find_kernels("amx_emulated"));
     std::printf("threads\n");
     std::fflush(stdout);
     test::test_pool(report);

@@ -53,6 +53,7 @@ class _Slots:
     def give(self, value: Value, slot: int) -> None:
         self._free.setdefault(value.shape, []).append(slot)
 
+
 PANEL = 32  # outputs that native products make at a time: packed.h
 
 

@@ -40,6 +40,7 @@
 #include "attention_bf16_tiles.h"
 #include "attention_bf16_vectors.h"
 #include "softmax.h"
+#include "turn.h"
 
 namespace finial::FINIAL_ISA {
 
@@ -147,10 +148,53 @@ void attention_bf16_merge(const Attention& a, const AttentionPiece& piece, const
   }
 }
 
+namespace {
+
+// Rows that a prompt's keys and values are stored in at once: half a block.
+constexpr int64_t RUN = 16;
+
+// Whether the rows' slots follow each other within half a block.
+bool is_run(const int32_t* slots) {
+  bool run = slots[0] % RUN == 0;
+  for (int32_t r = 1; r < RUN; ++r) run &= slots[r] == slots[0] + r;
+  return run;
+}
+
+// One head of RUN rows, `row` floats apart: keys are turned, values go in pairs of positions.
+void store_run(const float* keys, const float* values, int64_t row, int64_t n, uint8_t* k, uint8_t* v) {
+  alignas(64) uint8_t pairs[RUN * 64];
+  for (int64_t d = 0; d < n; d += 2 * W) {
+    for (int64_t r = 0; r < RUN; ++r)
+      store_i(pairs + r * 64, bf16_pairs(load(keys + r * row + d), load(keys + r * row + d + W)));
+    turn(pairs, 64, k + d / 2 * CACHE_BLOCK * 4);
+  }
+  const I interleave =
+      _mm512_add_epi16(_mm512_set1_epi32(16 << 16),
+                       _mm512_setr_epi32(0, 0x10001, 0x20002, 0x30003, 0x40004, 0x50005, 0x60006, 0x70007, 0x80008,
+                                         0x90009, 0xA000A, 0xB000B, 0xC000C, 0xD000D, 0xE000E, 0xF000F));
+  for (int64_t r = 0; r < RUN; r += 2)
+    for (int64_t d = 0; d < n; d += W) {
+      const float* from = values + r * row + d;
+      store_i(v + (r / 2 * n + d) * 4, _mm512_permutexvar_epi16(interleave, bf16_pairs(load(from), load(from + row))));
+    }
+}
+
+}  // namespace
+
 void store_blocked(const Cache& cache, const float* keys, const float* values, const int32_t* slots, int64_t begin,
                    int64_t end) {
   const int64_t n = cache.head_dim, heads = cache.kv_heads;
   for (int64_t i = begin; i < end; ++i) {
+    if (i % heads == 0 && i + RUN * heads <= end && n % (2 * W) == 0 && is_run(slots + i / heads)) {
+      const int64_t slot = slots[i / heads], page = slot / cache.page_size, at = slot % cache.page_size;
+      const int64_t block = at / CACHE_BLOCK * CACHE_BLOCK * cache.row_bytes();
+      for (int64_t head = 0; head < heads; ++head)
+        store_run(keys + (i + head) * n, values + (i + head) * n, heads * n, n,
+                  cache.keys(page, head) + block + at % CACHE_BLOCK * 4,
+                  cache.values(page, head) + block + at % CACHE_BLOCK / 2 * n * 4);
+      i += RUN * heads - 1;
+      continue;
+    }
     const int64_t slot = slots[i / heads], page = slot / cache.page_size, head = i % heads;
     const int64_t at = slot % cache.page_size, block = at / CACHE_BLOCK * CACHE_BLOCK * cache.row_bytes();
     uint8_t* k = cache.keys(page, head) + block + at % CACHE_BLOCK * 4;

@@ -1,5 +1,6 @@
 // The two products of attention over a bf16 cache: queries times keys (`dots`), weights times values (`mix`), in loops
-// for how many queries meet, in vectors. For attention_bf16_vectors.h; attention_bf16.cpp says in which order they sum and how fast they are.
+// for how many queries meet, in vectors. For attention_bf16_vectors.h; attention_bf16.cpp says in which order they sum
+// and how fast they are.
 #pragma once
 
 #include "attention_bf16_room.h"
@@ -10,8 +11,8 @@ namespace finial::FINIAL_ISA {
 
 namespace {
 
-constexpr int KEYS = CACHE_BLOCK / W;          // vectors of a block's keys
-constexpr int FEW = 3, SLICE = 8;              // queries, and vectors of values, that meet for few queries
+constexpr int KEYS = CACHE_BLOCK / W;  // vectors of a block's keys
+constexpr int FEW = 3, SLICE = 8;      // queries, and vectors of values, that meet for few queries
 
 // Many queries read the same chunk again and again from the second-level cache: each asks for what lies this far on.
 constexpr int WIDE_FROM = 9;

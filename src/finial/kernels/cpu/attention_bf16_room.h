@@ -15,8 +15,8 @@ constexpr int64_t BLOCKS = ATTENTION_CHUNK / CACHE_BLOCK;
 constexpr int64_t PAIRS = CACHE_BLOCK / 2;     // pairs of positions of a block
 constexpr int64_t LINE = ATTENTION_CHUNK + W;  // floats of a query's scores: lines of a tile fall into sets apart
 #if defined(FINIAL_TILES)
-constexpr int64_t MOST = 32;       // queries that meet a block of keys at once
-constexpr int64_t SPARE = 31;      // rows that are computed beside them, and not used
+constexpr int64_t MOST = 32;        // queries that meet a block of keys at once
+constexpr int64_t SPARE = 31;       // rows that are computed beside them, and not used
 constexpr int64_t PAIRS_UNIT = 16;  // pairs of elements that a product takes
 #else
 constexpr int64_t MOST = 12, SPARE = 0, PAIRS_UNIT = 1;

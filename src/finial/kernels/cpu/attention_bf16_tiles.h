@@ -1,14 +1,14 @@
 // A tile of queries of attention over a bf16 cache in tile registers: its scores, and what its weights make of the
 // values. For attention_bf16.cpp.
 //
-// A cache's block is registers of weights as it lies there: 16 pairs of elements of 16 keys, 16 pairs of positions of 16
-// elements of values. Queries are [32 elements][query of the tile][32], and their weights become what a register of
-// activations takes where their scores were. Up to 16 queries meet four registers of a block at once, up to 32 two: then
-// four products go with two loads of each side.
+// A cache's block is registers of weights as it lies there: 16 pairs of elements of 16 keys, 16 pairs of positions of
+// 16 elements of values. Queries are [32 elements][query of the tile][32], and their weights become what a register of
+// activations takes where their scores were. Up to 16 queries meet four registers of a block at once, up to 32 two:
+// then four products go with two loads of each side.
 //
 // The values' sums of a chunk take 32 positions at a time; what a row does not see has the weight 0. That does not make
-// a NaN or an infinity vanish, so blocks that not all see whole are copied without what nobody sees; where a number that
-// is not finite is left, every query meets a copy of its own.
+// a NaN or an infinity vanish, so blocks that not all see whole are copied without what nobody sees; where a number
+// that is not finite is left, every query meets a copy of its own.
 #pragma once
 
 #include <math.h>
@@ -22,7 +22,7 @@ namespace finial::FINIAL_ISA {
 
 namespace {
 
-constexpr int64_t HALF = 16;                    // queries of a register
+constexpr int64_t HALF = 16;                        // queries of a register
 constexpr int64_t KEY_STEP = 16 * CACHE_BLOCK * 4;  // bytes of 16 pairs of elements of a block's keys
 
 int64_t registers_for(int64_t count) { return count < HALF ? count : HALF; }
@@ -74,9 +74,7 @@ struct Sight {
       if (spans[m].to > 0) any = {least(any.from, spans[m].from), most(any.to, spans[m].to)};
     }
   }
-  bool whole(int64_t block) const {
-    return all.from <= block * CACHE_BLOCK && (block + 1) * CACHE_BLOCK <= all.to;
-  }
+  bool whole(int64_t block) const { return all.from <= block * CACHE_BLOCK && (block + 1) * CACHE_BLOCK <= all.to; }
 };
 
 // The scores of a chunk's keys for a tile. The first of many asks meanwhile for the values, which all will read.

@@ -47,8 +47,8 @@ FINIAL_INLINE void finish_rows(const Product& p, int64_t panel, int64_t row, int
     }
 }
 
-// A tile's sums, or of those rows [from, from + rows) where rounded rows are no neighbours' (Rounding::INT8, and BF16 of
-// tile registers), to where the product's results go.
+// A tile's sums, or of those rows [from, from + rows) where rounded rows are no neighbours' (Rounding::INT8, and BF16
+// of tile registers), to where the product's results go.
 void finish(const Product& p, int64_t panel, const Tile& tile, int64_t from, int64_t rows, const float* first,
             const float* second) {
   const int64_t row = tile.first + from, n_out = p.first->n_out;

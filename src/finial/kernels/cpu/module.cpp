@@ -160,8 +160,8 @@ void bind_program(nb::module_& m) {
       .def("buffer", &Program::buffer, "dimension"_a, "width"_a, "slot"_a)
       .def(
           "keep_rounded",
-          [](Program& p, int buffer, const std::string& format) { p.keep_rounded(buffer, format_of(format)); }, "buffer"_a,
-          "format"_a,
+          [](Program& p, int buffer, const std::string& format) { p.keep_rounded(buffer, format_of(format)); },
+          "buffer"_a, "format"_a,
           "Many rows of a buffer, which one product makes and others read, all with matrices of this format, lie in it "
           "rounded, as these want them.")
       .def("input", &Program::input, "dimension"_a, "width"_a)

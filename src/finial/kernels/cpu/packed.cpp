@@ -150,7 +150,8 @@ void multiply_bf16(const Product& p, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < count; ++i) {
       const Tile t = tile_of(p.rows, p.begin + i);
       const uint8_t* x = p.x + t.first * row;
-      if (p.rows > TILE && p.as == Rounding::None) expect({p.y + t.first * p.first->n_out + panel * PANEL, p.first->n_out}, 0, t.count);
+      if (p.rows > TILE && p.as == Rounding::None)
+        expect({p.y + t.first * p.first->n_out + panel * PANEL, p.first->n_out}, 0, t.count);
       const auto part = [&](int64_t at, int64_t of) {
         return more ? Soon{next + bytes * at / of / 64 * 64, next + bytes * (at + 1) / of / 64 * 64}
                     : Soon{nullptr, nullptr};

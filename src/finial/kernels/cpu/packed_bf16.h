@@ -1,5 +1,5 @@
-// Rows rounded to bf16 and how a tile of them meets a panel, where an instruction multiplies pairs of bf16 in vectors. Included by
-// packed.cpp.
+// Rows rounded to bf16 and how a tile of them meets a panel, where an instruction multiplies pairs of bf16 in vectors.
+// Included by packed.cpp.
 #pragma once
 
 #include "panels.h"

@@ -159,7 +159,8 @@ FINIAL_APART void add_rows(const uint8_t* FINIAL_RESTRICT p, const Scale& scale,
 template <class Q>
 void few_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t rows, int64_t blocks,
               float* FINIAL_RESTRICT c) {
-  const int64_t share = STREAMS || rows * 192 < Q::BLOCK ? 0 : (Q::BLOCK + 32 * rows - 1) / (32 * rows) * 64;  // for two rows
+  const int64_t share =
+      STREAMS || rows * 192 < Q::BLOCK ? 0 : (Q::BLOCK + 32 * rows - 1) / (32 * rows) * 64;  // for two rows
   for (int64_t i = 0; i < rows * PANEL; i += W) store(c + i, zero());
   for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK) {
     I weights[8][PANEL_VECTORS];
@@ -187,7 +188,8 @@ void tiles_int8(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT
   if (taken.rows == 1) return one_int8<Q>(w, taken.x[0], blocks, c);
   if (rows <= TILE) return few_int8<Q>(w, taken.x[0], taken.rows, blocks, c);
 #if defined(FINIAL_TILES)
-  return meet_registers<Q>(w, taken, blocks, target, c);
+  (void)target;
+  return meet_registers<Q>(w, taken, blocks, c);
 #else
   for (int64_t i = 0; i < taken.rows * PANEL; i += W) store(c + i, zero());
   for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK) {

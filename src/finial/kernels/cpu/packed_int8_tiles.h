@@ -1,9 +1,9 @@
 // int8 rows times q8_0 and q4_0 panels in tile registers: for more than a few rows. Included by packed.cpp.
 //
-// A block of 32 inputs is half a register deep, and its sums are scaled before they meet the next one's: for 16 rows and
-// 32 outputs two products (32 cycles), two stores (32), and 32 conversions, products of scales and fma, which share one
-// port while a product runs. So sums of a block are scaled while the next one's are computed. They are exact and scaled
-// as packed_int8_quads.h does, so the bits are the same. q4_0 is taken out of its nibbles once for all tiles.
+// A block of 32 inputs is half a register deep, and its sums are scaled before they meet the next one's: for 16 rows
+// and 32 outputs two products (32 cycles), two stores (32), and 32 conversions, products of scales and fma, which share
+// one port while a product runs. So sums of a block are scaled while the next one's are computed. They are exact and
+// scaled as packed_int8_quads.h does, so the bits are the same. q4_0 is taken out of its nibbles once for all tiles.
 #pragma once
 
 #include "packed_int8.h"
@@ -64,7 +64,8 @@ FINIAL_INLINE void add_summed(const Summed& s, int64_t from, int64_t to) {
 }
 
 // The sums of a tile's rows with a block, to s [2][TILE][W]; meanwhile the block before it is scaled, all of its rows.
-FINIAL_INLINE void sum_block(const uint8_t* levels, const Int8Block* x, int32_t* s, const Summed* before, int64_t rows) {
+FINIAL_INLINE void sum_block(const uint8_t* levels, const Int8Block* x, int32_t* s, const Summed* before,
+                             int64_t rows) {
   const auto quarter = [&](int64_t i) {
     if (before != nullptr) add_summed(*before, rows * i / 4, rows * (i + 1) / 4);
   };
@@ -84,7 +85,7 @@ FINIAL_INLINE void sum_block(const uint8_t* levels, const Int8Block* x, int32_t*
 
 // c [rows of the tiles, PANEL] = a panel times rows.
 template <class Q>
-void meet_registers(const uint8_t* w, const Rows& rows, int64_t blocks, const Target& target, float* c) {
+void meet_registers(const uint8_t* w, const Rows& rows, int64_t blocks, float* c) {
   using L = PanelLevels<Q>;
   alignas(64) int32_t sums[2][2 * TILE * W];
   alignas(64) uint8_t levels[Q::WORDS == 4 ? MOST_LEVELS * LEVELS_BYTES : 64];
@@ -97,10 +98,8 @@ void meet_registers(const uint8_t* w, const Rows& rows, int64_t blocks, const Ta
     for (int64_t i = 0; i < rows.tiles; ++i) {
       const int64_t count = rows.count[i];
       const Int8Block* x = rows.x[i] + from * count;
-      const int64_t row = (at - c) / PANEL;
       sum_block(L::at(part, levels, 0), x, sums[0], nullptr, count);
       for (int64_t b = 0; b < some; ++b) {
-        if (from + some == blocks) expect(target, row + count * b / some, row + count * (b + 1) / some);
         Summed now{sums[b % 2], {}, x + b * count, at};
         for (int v = 0; v < PANEL_VECTORS; ++v) now.scale[v] = load_f16(part + b * Q::BLOCK + v * W * 2);
         if (b + 1 < some)

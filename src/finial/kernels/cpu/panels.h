@@ -44,8 +44,8 @@ FINIAL_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
 #endif
 }
 
-// On processors with tile registers few rows, and one, ask for int8 panels into the second-level cache instead: they read
-// a tenth (one row) to a third faster. On AMD's that gains nothing.
+// On processors with tile registers few rows, and one, ask for int8 panels into the second-level cache instead: they
+// read a tenth (one row) to a third faster. On AMD's that gains nothing.
 constexpr bool STREAMS =
 #if defined(FINIAL_TILES)
     true;
@@ -65,8 +65,8 @@ struct Soon {
   const uint8_t *begin, *end;
 };
 
-// Where the results of a panel will go, rows `stride` apart, or null: asked for while they are computed, for a matrix of results
-// is too large for the second-level cache and each line of it is written once.
+// Where the results of a panel will go, rows `stride` apart, or null: asked for while they are computed, for a matrix
+// of results is too large for the second-level cache and each line of it is written once.
 struct Target {
   const float* y;
   int64_t stride;

@@ -296,7 +296,8 @@ void Program::linears(int x, const float* norm, int64_t norm_width, float eps, s
   }
   require(in.as == Rounding::None || in.as == rounding, "linear: the input is rounded for other products");
   // The rounded rows of one kind have one place, when they are shared.
-  if ((rounding != Rounding::None && in.as == Rounding::None) || norm != nullptr) writes.push_back(ROUNDED - static_cast<int>(rounding));
+  if ((rounding != Rounding::None && in.as == Rounding::None) || norm != nullptr)
+    writes.push_back(ROUNDED - static_cast<int>(rounding));
   linears_.push_back({x, norm, eps, rounding, std::move(members), {}});
   share_out(linears_.back());
   Instruction i{Op::Linears};

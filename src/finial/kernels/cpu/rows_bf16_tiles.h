@@ -15,7 +15,8 @@ void round_bf16(const float* x, int64_t n_in, int64_t rows, uint8_t* tile) {
   for (int64_t row = 0; row < rows; ++row, x += n_in) {
     uint8_t* to = tile + row * LINE_BYTES;
     int64_t k = 0;
-    for (; k + DEPTH <= n_in; k += DEPTH, to += rows * LINE_BYTES) store_i(to, bf16_pairs(load(x + k), load(x + k + W)));
+    for (; k + DEPTH <= n_in; k += DEPTH, to += rows * LINE_BYTES)
+      store_i(to, bf16_pairs(load(x + k), load(x + k + W)));
     if (k < n_in) {
       const int64_t n = n_in - k;
       store_i(to, bf16_pairs(n < W ? load_n(x + k, n) : load(x + k), n > W ? load_n(x + k + W, n - W) : zero()));

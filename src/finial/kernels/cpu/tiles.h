@@ -1,9 +1,10 @@
 // AMX: eight registers of up to 16 rows of 64 bytes, and products of two of them added to a third.
 //
 // Their roles here are always the same: 0 to 3 hold results, 4 and 5 rows of activations, 6 and 7 weights. What
-// tile_dot_bf16 computes, for row m and column n (Intel SDM volume 2, TDPBF16PS; the tests hold it to that bit for bit):
-//   even = odd = 0;  for each pair k: even = fma(a[m][2 k], b[k][n][0], even), odd = fma(a[m][2 k + 1], b[k][n][1], odd)
-//   c[m][n] += even + odd
+// tile_dot_bf16 computes, for row m and column n (Intel SDM volume 2, TDPBF16PS; the tests hold it to that bit for
+// bit):
+//   even = odd = 0;  for each pair k: even = fma(a[m][2 k], b[k][n][0], even), odd = fma(a[m][2 k + 1], b[k][n][1],
+//   odd) c[m][n] += even + odd
 // where subnormal inputs and results are zero. The time of a product is 16 cycles for 16 rows, 9 for up to 8, whatever
 // its depth; a load takes 8 cycles from the first-level cache and 32 from the second, a store 16 in which no product
 // runs (measured on an Intel Xeon of 2024 at about 3.8 GHz: 3.77 TFLOP/s on a core).
