@@ -1,8 +1,8 @@
 """The kernels' own tests (tests/native) for what the machines which test finial do not have, or not all.
 
 NEON is cross-compiled for 64-bit ARM and run by an emulator.  Needs a cross compiler and qemu-user; where they are
-missing the test is skipped, but never in CI, which installs them.  Tile registers (AMX) are emulated in plain words, which
-takes AVX-512, and compared with the registers themselves where the processor has them.
+missing the test is skipped, but never in CI, which installs them.  Tile registers (AMX) are emulated in plain words,
+which takes AVX-512, and compared with the registers themselves where the processor has them.
 """
 
 from __future__ import annotations

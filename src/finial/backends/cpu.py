@@ -190,7 +190,9 @@ class CpuProgram:
                     value = graph.values[output]
                     held[output] = slots.take(value)
                     self._buffers[output] = native.buffer(self._dimension(value), _width(value), held[output])
-                    if isinstance(item, Products) and (format := self._rounded_for(item, output, readers[output])):
+                    if isinstance(item, Products) and (
+                        format := self._rounded_for(item, output, readers.get(output, []))
+                    ):
                         native.keep_rounded(self._buffers[output], format)
             if isinstance(item, Products):
                 self._products(item)
@@ -203,8 +205,7 @@ class CpuProgram:
     def _rounded_for(self, maker: Products, name: str, readers: list[Node | Products]) -> str:
         """The format of the weights that a gated product's result is for alone, which it can round for them; or ""."""
         gated = next(product for product in maker.products if product.output == name).up is not None
-        reader = readers[0]
-        if not gated or len(readers) > 1 or not isinstance(reader, Products):
+        if not gated or len(readers) != 1 or not isinstance(reader := readers[0], Products):
             return ""
         if reader.norm is not None or reader.x != name or _width(self._graph.values[name]) % PANEL != 0:
             return ""

@@ -164,18 +164,14 @@ bool is_run(const int32_t* slots) {
 void store_run(const float* keys, const float* values, int64_t row, int64_t n, uint8_t* k, uint8_t* v) {
   alignas(64) uint8_t pairs[RUN * 64];
   for (int64_t d = 0; d < n; d += 2 * W) {
-    for (int64_t r = 0; r < RUN; ++r)
-      store_i(pairs + r * 64, bf16_pairs(load(keys + r * row + d), load(keys + r * row + d + W)));
+    for (int64_t i = 0; i < 2 * RUN; ++i) store_bf16(pairs + i * 32, load(keys + i / 2 * row + d + i % 2 * W));
     turn(pairs, 64, k + d / 2 * CACHE_BLOCK * 4);
   }
-  const I interleave =
-      _mm512_add_epi16(_mm512_set1_epi32(16 << 16),
-                       _mm512_setr_epi32(0, 0x10001, 0x20002, 0x30003, 0x40004, 0x50005, 0x60006, 0x70007, 0x80008,
-                                         0x90009, 0xA000A, 0xB000B, 0xC000C, 0xD000D, 0xE000E, 0xF000F));
   for (int64_t r = 0; r < RUN; r += 2)
     for (int64_t d = 0; d < n; d += W) {
       const float* from = values + r * row + d;
-      store_i(v + (r / 2 * n + d) * 4, _mm512_permutexvar_epi16(interleave, bf16_pairs(load(from), load(from + row))));
+      const I even = _mm512_srli_epi32(rounded_to_bf16(load(from)), 16), odd = rounded_to_bf16(load(from + row));
+      store_i(v + (r / 2 * n + d) * 4, _mm512_or_si512(even, odd_halves(odd)));
     }
 }
 

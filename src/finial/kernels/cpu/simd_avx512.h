@@ -88,14 +88,18 @@ FINIAL_INLINE V load_i8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
-// Round to nearest even; a NaN stays a quiet NaN. (The instruction for it flushes subnormals, so it is not used.)
-FINIAL_INLINE void store_bf16(uint8_t* p, V a) {
+// As bf16 in the upper half of each lane, nearest even; a NaN stays a quiet NaN. (The instruction for it flushes
+// subnormals, so it is not used.)
+FINIAL_INLINE __m512i rounded_to_bf16(V a) {
   const __m512i bits = _mm512_castps_si512(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  const __m512i out = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16)));
+  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet);
+}
+FINIAL_INLINE void store_bf16(uint8_t* p, V a) {
+  const __m512i out = _mm512_srli_epi32(rounded_to_bf16(a), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
 }
 
 using Levels = __m512;
