@@ -83,11 +83,20 @@ void Program::multiply_few(const Instruction& i, const Step& step, int thread) {
   const Linears& p = linears_[static_cast<size_t>(i.linears)];
   const int64_t rows = step.rows(buffers_[static_cast<size_t>(p.x)]);
   uint8_t* scratch = reinterpret_cast<uint8_t*>(step.scratch + thread * step.scratch_stride);
-  if (!i.barrier) announce(i, thread);
+  if (!i.barrier) announce(i, step, thread);
   const uint8_t* x = prepare(p, step, rows, thread, scratch);
   int other = 0;
   for (Range units; take(i, thread, MOST_UNITS, rows > kernels_->blocking.tile ? 4 : 1, other, units);)
     multiply_units(p, step, x, units.begin, units.end, scratch);
+}
+
+Program::Many Program::many(const Linears& p, int64_t rows) const {
+  const Blocking& b = kernels_->blocking;
+  const int64_t row = rounded_bytes(p.rounding, buffers_[static_cast<size_t>(p.x)].width), count = tiles(rows, b),
+                most = std::clamp<int64_t>(b.group_bytes / (b.tile * row), 1, b.group),
+                groups = (count + most - 1) / most;
+  const int64_t all = p.edges.back(), several = all * groups / MOST_UNITS + 1;
+  return {count, groups, several, (all + several - 1) / several};
 }
 
 // Many rows: every thread has groups of tiles, those that it rounded itself, which stay in its second-level cache while
@@ -98,12 +107,9 @@ void Program::multiply_many(const Instruction& i, const Step& step, int thread) 
   uint8_t* scratch = reinterpret_cast<uint8_t*>(step.scratch + thread * step.scratch_stride);
   const auto at = [&](int buffer) { return buffer < 0 ? nullptr : step.buffers[static_cast<size_t>(buffer)]; };
   const auto matrix = [&](int index) { return index < 0 ? nullptr : &weights_[static_cast<size_t>(index)]; };
-  const Blocking& b = kernels_->blocking;
-  const int64_t row = rounded_bytes(p.rounding, buffers_[static_cast<size_t>(p.x)].width), count = tiles(rows, b),
-                most = std::clamp<int64_t>(b.group_bytes / (b.tile * row), 1, b.group),
-                groups = (count + most - 1) / most;
-  const int64_t all = p.edges.back(), several = all * groups / MOST_UNITS + 1, together = (all + several - 1) / several;
-  announce(i, thread, share(groups * together, thread, pool_->threads()));
+  const auto [count, groups, several, together] = many(p, rows);
+  const int64_t all = p.edges.back();
+  if (!i.barrier) announce(i, step, thread);
   const uint8_t* x = prepare(p, step, rows, thread, scratch);
   int other = 0;
   for (Range units; take(i, thread, together, 1, other, units);) {
@@ -159,7 +165,7 @@ void Program::wait(size_t at, const Step& step, int thread, Run& next) {
     }
   }
   if (!code_[at].barrier) return;
-  if (code_[at].op == Op::Linears) announce(code_[at], thread);
+  if (code_[at].op == Op::Linears) announce(code_[at], step, thread);
   pool_->barrier(&next);
 }
 
@@ -181,13 +187,16 @@ uint64_t Program::number(const Instruction& i) const {
   return (steps_ * code_.size() + static_cast<uint64_t>(&i - code_.data())) << 48;
 }
 
-// From now on others may take units of this thread's share.
-void Program::announce(const Instruction& i, int thread) {
-  const std::vector<int64_t>& edges = linears_[static_cast<size_t>(i.linears)].edges;
-  announce(i, thread, {edges[static_cast<size_t>(thread)], edges[static_cast<size_t>(thread) + 1]});
-}
-
-void Program::announce(const Instruction& i, int thread, const Range& units) {
+// From now on others may take units of this thread's share. Before the barrier in front of an instruction, if it has
+// one: behind it anybody may look.
+void Program::announce(const Instruction& i, const Step& step, int thread) {
+  const Linears& p = linears_[static_cast<size_t>(i.linears)];
+  const int64_t rows = step.rows(buffers_[static_cast<size_t>(p.x)]);
+  Range units{p.edges[static_cast<size_t>(thread)], p.edges[static_cast<size_t>(thread) + 1]};
+  if (are_many(p, rows)) {
+    const Many m = many(p, rows);
+    units = share(m.groups * m.together, thread, pool_->threads());
+  }
   left_[static_cast<size_t>(thread)].range.store(
       number(i) | static_cast<uint64_t>(units.begin) << 24 | static_cast<uint64_t>(units.end),
       std::memory_order_relaxed);

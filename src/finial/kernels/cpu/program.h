@@ -261,8 +261,15 @@ class Program {
   void look(const Step& step, const Buffer& b, int thread);
   void choose_tokens(const Step& step, const Buffer& b, const Sampling& sampling);
   Run share_of(const Linears& p, int thread) const;
-  void announce(const Instruction& i, int thread);
-  void announce(const Instruction& i, int thread, const Range& units);
+  // Products of many rows: a unit is `several` panels for one of `groups` of tiles, `together` of them for each group.
+  struct Many {
+    int64_t tiles, groups, several, together;
+  };
+  Many many(const Linears& p, int64_t rows) const;
+  bool are_many(const Linears& p, int64_t rows) const {
+    return rows > kernels_->blocking.tile && p.rounding != Rounding::None;
+  }
+  void announce(const Instruction& i, const Step& step, int thread);
   bool take(const Instruction& i, int thread, int64_t group, int64_t least, int& other, Range& got);
   uint64_t number(const Instruction& i) const;
   void multiply_units(const Linears& p, const Step& step, const uint8_t* x, int64_t begin, int64_t end,

@@ -197,7 +197,7 @@ void Program::execute(const Instruction& i, const Step& step, int thread) {
       const Linears& p = linears_[static_cast<size_t>(i.linears)];
       const int64_t rows = step.rows(buffers_[static_cast<size_t>(p.x)]);
       if (rows == 0) break;
-      if (rows > kernels_->blocking.tile && p.rounding != Rounding::None)
+      if (are_many(p, rows))
         multiply_many(i, step, thread);
       else
         multiply_few(i, step, thread);
