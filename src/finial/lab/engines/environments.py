@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from finial.errors import FinialError
-from finial.machine import Sources, probe_gpus
+from finial.machine import Sources, probe_cpu, probe_gpus
 
 TORCH = "torch==2.13.0"
 SPARE_BYTES = 1_000_000_000  # left on the disk after an installation
@@ -51,7 +51,7 @@ class Environment:
         needs: "" or what the machine must have: "nvidia".
         gpu_steps: instead of `steps` where there is an NVIDIA GPU.
         remove: packages that break it and are taken out again.
-        variables: of the installation's processes.
+        variables: of the installation's processes; amx_variables: where the CPU has tile registers, these win.
         runs: what it runs, in words for a person.
     """
 
@@ -66,6 +66,7 @@ class Environment:
     gpu_steps: Sequence[Sequence[str]] = ()
     remove: Sequence[str] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
+    amx_variables: Mapping[str, str] = field(default_factory=dict)
 
 
 ENVIRONMENTS: Mapping[str, Environment] = {
@@ -79,6 +80,9 @@ ENVIRONMENTS: Mapping[str, Environment] = {
             1.0,
             "GGUF files, compiled for this CPU (5 to 10 minutes, wants a C++ compiler)",
             variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
+            # GCC takes the tiles' configuration for dead stores, and the first product crashes
+            # (https://github.com/ggml-org/llama.cpp/pull/26954).
+            amx_variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON '-DCMAKE_CXX_FLAGS=-fno-tree-dse -fno-dse'"},
         ),
         Environment(
             "openvino",
@@ -287,9 +291,12 @@ def _fill(environment: Environment, folder: Path, say: Say, nvidia: bool) -> Non
         pip = [sys.executable, "-m", "pip", "--python", str(python)] if own else [str(python), "-m", "pip"]
         call = [*pip, "install", "--no-input", "--progress-bar", "off"]
     plain = [] if nvidia else _without_cuda(bool(uv))
+    variables = dict(environment.variables)
+    if "amx_tile" in probe_cpu(Sources()).features:
+        variables |= environment.amx_variables
     steps = [*((TORCH,) for _ in range(environment.torch)), *((nvidia and environment.gpu_steps) or environment.steps)]
     for step in steps:
-        _run([*call, *plain, *step], environment.variables, say)
+        _run([*call, *plain, *step], variables, say)
     if environment.remove:
         remove = [uv, "pip", "uninstall", "--python", str(python)] if uv else [*pip, "uninstall", "--yes"]
         _run([*remove, *environment.remove], {}, say, may_fail=True)
