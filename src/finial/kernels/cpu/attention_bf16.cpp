@@ -6,10 +6,11 @@
 // relatively. Subnormal queries, keys, weights and values count as zero.
 //
 // Order of operations, the same for a row whatever is computed beside it:
-//   score     one chain over pairs of elements, d ascending.
+//   score     one chain over pairs of elements, d ascending; in tile registers as tiles.h says.
 //   softmax   chunks of ATTENTION_CHUNK positions aligned to position 0: every score, their maximum, the weights; their
 //             sum in lanes of (position / 2) % W.
-//   values    one chain over pairs of positions, ascending. What a row does not see of a pair is masked in the values
+//   values    one chain over pairs of positions, ascending; in tile registers 32 positions at a time. What a row does
+//   not see of a pair is masked in the values
 //             too: the weight 0 does not make a NaN or an infinity vanish that another sequence left there.
 // Chunks are merged in ascending order (softmax.h), a row of one chunk not at all.
 //

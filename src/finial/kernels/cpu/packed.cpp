@@ -2,7 +2,8 @@
 //
 // y[t, o] = sum_k x[t, k] w[o, k] + bias[o], then + add[t, o], or silu(first) * second. Each output has one chain of
 // sums with k ascending, at any number of rows, so a row's result is bit-equal in any company:
-//   bf16  acc = acc + w[k] x[k] + w[k + 1] x[k + 1], one instruction for a pair; with float32 rows two fma, k first
+//   bf16  acc = acc + w[k] x[k] + w[k + 1] x[k + 1], one instruction for a pair; with float32 rows two fma, k first; in
+//         tile registers 32 inputs at a time, even and odd ones apart (tiles.h)
 //   int8  acc = fma(float(sum of a block, exact in int32), scale(w) scale(x), acc), block after block
 // Against exact arithmetic on the rounded activations an output is off by at most (n_in + 2) 2^-24 sum_k |x w|;
 // rounding itself adds 2^-8 |x| per activation for bf16, absmax / 254 * 17/16 of its block for int8 (packed.h).
