@@ -3,7 +3,7 @@
 // A panel [pair of inputs][PANEL][2] is two registers of weights for each DEPTH of 32 inputs as it lies there; rows are
 // rounded to [step][row of the tile][32], a register of activations for each. Two tiles of rows meet it together: for
 // four products two loads of weights and two of activations. The products take 64 cycles, loads from the second-level
-// cache 32 each, so weights must come from the first-level one: NEAR_STEPS steps of a panel, 40 KiB, meet all tiles
+// cache 32 each, so weights must come from the first-level one: NEAR_STEPS steps of a panel, 32 KiB, meet all tiles
 // before the next ones, and activations are loaded so that they do not drive them out. Sums wait for the next chunk in
 // memory, which changes no bit of them. The arithmetic that results go through, and asking for the next panel, run
 // beside the products of the next tiles.
@@ -18,7 +18,7 @@ namespace finial::FINIAL_ISA {
 
 namespace {
 
-constexpr int64_t NEAR_STEPS = 20;      // steps of a panel that stay in the first-level cache, at most
+constexpr int64_t NEAR_STEPS = 16;      // steps of a panel that stay in the first-level cache, at most
 constexpr int64_t SLOT = TILE * PANEL;  // floats of a tile's results
 
 FINIAL_INLINE int64_t steps_of(int64_t n_in) { return (n_in + DEPTH - 1) / DEPTH; }
