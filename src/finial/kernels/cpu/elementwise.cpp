@@ -21,6 +21,7 @@ void pack(const Linear&, uint8_t* panels, int64_t begin, int64_t end);
 void unpack(const Linear&, int64_t row, float* out);
 void round_tile(Rounding, const float* x, int64_t n_in, int64_t rows, uint8_t* tile);
 void multiply(const Product&, int64_t begin, int64_t end);
+void rest();
 int64_t peak(Rounding, int64_t rounds, float* sink);
 int64_t attention_scratch(CacheType, int64_t head_dim, int64_t queries);
 int64_t attention_partial(CacheType, int64_t head_dim);
@@ -170,6 +171,7 @@ const Kernels kernels = {FINIAL_TEXT(FINIAL_ISA),
                          unpack,
                          round_tile,
                          multiply,
+                         rest,
                          peak,
                          decode,
                          attention,

@@ -147,6 +147,7 @@ struct Kernels {
   void (*unpack)(const Linear&, int64_t row, float* out);  // a row of packed bf16, q8_0 or q4_0 as decode gives it
   void (*round)(Rounding, const float* x, int64_t n_in, int64_t rows, uint8_t* tile);  // a tile of x [rows, n_in]
   void (*multiply)(const Product&, int64_t begin, int64_t end);                        // panels begin <= i < end
+  void (*rest)();  // for a thread whose step is done: what it holds of the processor is given up
   // Nothing but the multiplying instruction, on registers, `rounds` times; returns the operations done, 0 without one.
   int64_t (*peak)(Rounding, int64_t rounds, float* sink);
   // n elements, the start on a block boundary and n whole blocks.

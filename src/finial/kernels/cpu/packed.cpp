@@ -72,11 +72,18 @@ int64_t peak_of_tiles(bool bf16, int64_t rounds) {
     else
       tile_dot_int8<0, 4, 6>(), tile_dot_int8<1, 4, 7>(), tile_dot_int8<2, 5, 6>(), tile_dot_int8<3, 5, 7>();
   }
+  release_tiles();
   return 16 * rounds * 4 * TILE * 16 * 16 * (bf16 ? 4 : 8);
 }
 #endif
 
 }  // namespace
+
+void rest() {
+#if defined(FINIAL_TILES)
+  release_tiles();
+#endif
+}
 
 int64_t peak(Rounding kind, int64_t rounds, float* sink) {
 #if defined(FINIAL_TILES)

@@ -70,6 +70,7 @@ void Program::run(const std::vector<int64_t>& sizes, const std::vector<IntArray>
         execute(code_[at], step, thread);
       }
     }
+    kernels_->rest();
     if (chosen != nullptr) {
       pool_->barrier();
       look(step, *chosen, thread);

@@ -36,17 +36,18 @@ struct TileConfig {  // what the instruction for it reads
 
 #if !defined(FINIAL_TILES_EMULATED)
 
-// The registers are this thread's from here to the end of the object's life.
-class Tiles {
- public:
+// The registers have this shape from here on. To ask for their shape takes 5 ns, to set it 48: a small model's products
+// are as short.
+struct Tiles {
   Tiles(int64_t rows, int64_t depth) {
     const TileConfig config(rows, depth);
-    __asm__ volatile("ldtilecfg %0" : : "m"(config) : "memory");
+    TileConfig now(0, 0);
+    __asm__ volatile("sttilecfg %0" : "=m"(now) : : "memory");
+    if (std::memcmp(&now, &config, sizeof config) != 0) __asm__ volatile("ldtilecfg %0" : : "m"(config) : "memory");
   }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-  ~Tiles() { __asm__ volatile("tilerelease" : : : "memory"); }
 };
+// What the system keeps of them when it interrupts a thread is given up.
+inline void release_tiles() { __asm__ volatile("tilerelease" : : : "memory"); }
 
 template <int T>
 FINIAL_INLINE void tile_zero() {
@@ -83,13 +84,10 @@ struct Emulated {
 };
 thread_local Emulated emulated;
 
-class Tiles {
- public:
+struct Tiles {
   Tiles(int64_t rows, int64_t depth) { emulated = Emulated{TileConfig(rows, depth), {}}; }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-  ~Tiles() { emulated.config = TileConfig(0, 0); }
 };
+inline void release_tiles() { emulated.config = TileConfig(0, 0); }
 
 template <int T>
 void tile_zero() {
