@@ -203,6 +203,9 @@ void test_linear(Report& report, const Kernels* kernels) {
     test_fused(report, kernels, format, 61, 2);
     if (format != Format::BF16) test_unusual(report, kernels, format);
   }
+  // So many rows are several groups of tiles, some of which do not end with the largest of their tiles.
+  for (Format format : {Format::BF16, Format::Q8_0, Format::Q4_0, Format::Q4_K})
+    test_case(report, kernels, format, 34, info(format).block == 256 ? 256 : 64, false, {1, 171, 515});
   for (int f = 0; f < static_cast<int>(Format::COUNT); ++f) {
     const Format format = static_cast<Format>(f);
     const int64_t block = info(format).block;

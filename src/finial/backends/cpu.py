@@ -54,7 +54,7 @@ class _Slots:
         self._free.setdefault(value.shape, []).append(slot)
 
 
-PANEL = 32  # outputs that native products make at a time: packed.h
+PANEL = 32  # outputs that native products make at a time: kernels.h
 
 
 class CpuProgram:

@@ -10,8 +10,8 @@
 //   softmax   chunks of ATTENTION_CHUNK positions aligned to position 0: every score, their maximum, the weights; their
 //             sum in lanes of (position / 2) % W.
 //   values    one chain over pairs of positions, ascending; in tile registers 32 positions at a time. What a row does
-//   not see of a pair is masked in the values
-//             too: the weight 0 does not make a NaN or an infinity vanish that another sequence left there.
+//             not see of them is masked in the values too (attention_bf16_tiles.h: where it has to be): the weight 0
+//             does not make a NaN or an infinity vanish that another sequence left there.
 // Chunks are merged in ascending order (softmax.h), a row of one chunk not at all.
 //
 // The cache's blocks (kernels.h) are the panels of a matrix product: 32 keys are two vectors for each pair of elements,

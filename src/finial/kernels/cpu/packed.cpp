@@ -222,9 +222,6 @@ void multiply(const Product& p, int64_t begin, int64_t end) {
 #endif
   alignas(64) float first[GROUP * TILE * PANEL], second[GROUP * TILE * PANEL];
   const int64_t row = tile_of(p.rows, p.begin).first;
-#if defined(FINIAL_TILES)
-  const Tiles registers(tile_of(p.rows, p.end - 1).count, 8);  // the last tile is none of the smallest
-#endif
   for (int64_t panel = begin; panel < end; ++panel) {
     const Target target{p.as == Rounding::None ? p.y + row * p.first->n_out + panel * PANEL : nullptr, p.first->n_out};
     meet(*p.first, panel, p, target, first);

@@ -2,9 +2,9 @@
 //
 // A panel is PANEL outputs over all of n_in; panels follow each other, the last one filled up with zeros, or take turns
 // with those of the matrix that theirs gates (Linear::stride). Within it:
-//   bf16  [n_in / 2][PANEL][2]: a pair of inputs of 32 outputs is 128 bytes; zeros fill it up to a multiple of 32
-//   inputs q8_0  [n_in / 32] blocks of 1088 bytes: f16 scales [PANEL], then bytes [8][PANEL][4], four inputs each q4_0
-//   [n_in / 32] blocks of  576 bytes: f16 scales [PANEL], then bytes [4][PANEL][4], low nibbles inputs 4j..4j+3,
+//   bf16  [n_in / 2][PANEL][2]: a pair of inputs of 32 outputs is 128 bytes; zeros up to a multiple of 32 inputs
+//   q8_0  [n_in / 32] blocks of 1088 bytes: f16 scales [PANEL], then bytes [8][PANEL][4], four inputs each
+//   q4_0  [n_in / 32] blocks of  576 bytes: f16 scales [PANEL], then bytes [4][PANEL][4], low nibbles inputs 4j..4j+3,
 //         high nibbles inputs 16+4j..16+4j+3, as in the file
 //   q4_k, q5_k, q6_k: see packed_k.h
 // so a packed matrix is as large as the stored one, and a thread reads its share as one contiguous run.

@@ -87,6 +87,9 @@ FINIAL_INLINE void sum_block(const uint8_t* levels, const Int8Block* x, int32_t*
 template <class Q>
 void meet_registers(const uint8_t* w, const Rows& rows, int64_t blocks, float* c) {
   using L = PanelLevels<Q>;
+  int64_t most = 0;  // tiles differ by a row, in any order
+  for (int64_t i = 0; i < rows.tiles; ++i) most = rows.count[i] > most ? rows.count[i] : most;
+  const Tiles registers(most, 8);
   alignas(64) int32_t sums[2][2 * TILE * W];
   alignas(64) uint8_t levels[Q::WORDS == 4 ? MOST_LEVELS * LEVELS_BYTES : 64];
   for (int64_t i = 0; i < rows.rows * PANEL; i += W) store(c + i, zero());
