@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.cpu.workloads import ENGINES as NAMES
 from benchmarks.cpu.workloads import FORMATS, plan
 from finial.errors import FinialError
-from finial.lab.engines.environments import ENVIRONMENTS, EngineError, install
+from finial.lab.engines.environments import ENVIRONMENTS, EngineError, install, interpreter
 from finial.lab.engines.setup import SetupError, make_file, missing
 from finial.lab.engines.table import ENGINES, Engine, Places
 from finial.lab.estimate import estimate
@@ -42,7 +42,7 @@ def main() -> int:
         print(render(Record.open(Path(args.names[0]) if args.names else args.out).data, TITLE))
         return 0
     if args.command == "install":
-        return _install(args.names, places)
+        return _install(args.names or _wanted(places), places)
     engines = _chosen(args.only)
     threads = args.threads or probe_native().threads or 1
     groups = plan(args.quick, threads, args.formats)
@@ -121,6 +121,12 @@ def _prepare(engines: list[Engine], groups: list[Group], places: Places) -> None
                 make_file(places, group.model, engine.formats[group.format])
             except SetupError as error:
                 _say(f"{engine.name}: {error}")
+
+
+def _wanted(places: Places) -> list[str]:
+    """Environments of the engines that this benchmark measures, and of their files, as far as they are not there."""
+    names = dict.fromkeys(["export", *(e.environment for e in _chosen([]) if e.environment)])
+    return [name for name in names if not interpreter(places.engines, name).exists()]
 
 
 def _install(names: list[str], places: Places) -> int:
