@@ -19,7 +19,7 @@ void tile_bf16(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT 
     for (int v = 0; v < PANEL_VECTORS; ++v) acc[r][v] = zero();
   const auto pair = [&] {
     I weight[PANEL_VECTORS];
-    if (M >= 6) prefetch(w + AHEAD / 2, PANEL * 4);
+    if (M > 1) stream(w, PANEL * 4);
     for (int v = 0; v < PANEL_VECTORS; ++v) weight[v] = load_i(w + v * W * 4);
     for (int r = 0; r < M; ++r) {
       const I two = broadcast(x + 4 * r);

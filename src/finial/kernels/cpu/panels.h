@@ -44,17 +44,23 @@ FINIAL_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
 #endif
 }
 
-// On processors with tile registers few rows, and one, ask for int8 panels into the second-level cache instead: they
-// read a tenth (one row) to a third faster. On AMD's that gains nothing.
+// With AVX-512 few rows, and one, ask with every block for as much twice as far on instead, into the first-level cache,
+// on processors with tile registers into the second. Two threads of EPYC Turin that read 88 GB/s: one row of q4_0 75 to
+// 83 GB/s, four rows of q8_0 30 to 71, of q4_k 42 to 51; where they read 45, by 0 to 40 % faster, q6_k up to 10 % slower.
 constexpr bool STREAMS =
-#if defined(FINIAL_TILES)
+#if defined(FINIAL_AVX512)
     true;
 #else
     false;
 #endif
 FINIAL_INLINE void stream(const uint8_t* w, int64_t bytes) {
+#if defined(FINIAL_TILES)
+  constexpr int INTO = 2;
+#else
+  constexpr int INTO = 3;
+#endif
 #if defined(__GNUC__)
-  for (int64_t i = 0; STREAMS && i < bytes; i += 64) __builtin_prefetch(w + 2 * AHEAD + i, 0, 2);
+  for (int64_t i = 0; STREAMS && i < bytes; i += 64) __builtin_prefetch(w + 2 * AHEAD + i, 0, INTO);
 #else
   (void)w, (void)bytes;
 #endif
