@@ -18,15 +18,17 @@ void round_queries(const Attention& a, const AttentionPiece& piece, const Tile& 
     for (int64_t d = 0; d < n; d += W) __builtin_prefetch(a.q + place(a, piece, j) + d);
   uint32_t* to = room.q + tile.begin * room.pairs;
   int64_t d = 0;
+  const auto pairs = [&](int64_t m) {
+    const float* from = a.q + place(a, piece, tile.begin + m) + d;
+    return bf16_pairs(mul(load(from), scale), mul(load(from + W), scale));
+  };
   for (; count >= 4 && d + 2 * W <= n; d += 2 * W, to += W * count)
     for (int64_t m = 0; m < count; m += 4) {
       const int64_t at = least(m, count - 4);
-      const auto pairs = [&](int64_t i) {
-        const float* from = a.q + place(a, piece, tile.begin + at + i) + d;
-        return bf16_pairs(mul(load(from), scale), mul(load(from + W), scale));
-      };
-      store_four(to + at, count, pairs(0), pairs(1), pairs(2), pairs(3));
+      store_four(to + at, count, pairs(at), pairs(at + 1), pairs(at + 2), pairs(at + 3));
     }
+  for (; count == 1 && d + 2 * W <= n; d += 2 * W, to += W) store_i(to, pairs(0));
+  for (; count == 2 && d + 2 * W <= n; d += 2 * W, to += 2 * W) store_two(to, pairs(0), pairs(1));
   for (; d < n; d += 2 * W, to += W * count)
     for (int64_t m = 0; m < count; ++m) {
       const float* from = a.q + place(a, piece, tile.begin + m);

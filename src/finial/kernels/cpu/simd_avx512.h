@@ -194,6 +194,12 @@ FINIAL_INLINE V dot_bf16(V acc, I w, I x) { return _mm512_dpbf16_ps(acc, (__m512
 
 // 32 floats to pairs of bf16, nearest even; subnormals become zero, as they count in products anyway.
 FINIAL_INLINE I bf16_pairs(V a, V b) { return (I)_mm512_cvtne2ps_pbh(b, a); }
+// Sixteen words of each of two rows, in turn.
+FINIAL_INLINE void store_two(uint32_t* out, I a, I b) {
+  const __m512i at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi32(a, at, b));
+  _mm512_storeu_si512(out + W, _mm512_permutex2var_epi32(a, _mm512_add_epi32(at, _mm512_set1_epi32(8)), b));
+}
 // Sixteen words of each of four rows to [word][rows]: words of four neighbouring rows, `rows` of them from one to the
 // next.
 FINIAL_INLINE void store_four(uint32_t* out, int64_t rows, I a, I b, I c, I d) {
