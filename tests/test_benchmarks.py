@@ -8,10 +8,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.cpu.__main__ import wanted
 from benchmarks.cpu.workloads import ENGINES as NAMES
 from benchmarks.cpu.workloads import FORMATS, plan
 
-from finial.lab.engines.table import ENGINES
+from finial.lab.engines.environments import interpreter
+from finial.lab.engines.table import ENGINES, Places
 from finial.lab.estimate import estimate
 
 ROOT = Path(__file__).parent.parent
@@ -36,3 +38,12 @@ def test_the_command_line_estimates_and_shows(tmp_path: Path) -> None:
     record = str(ROOT / "benchmarks" / "results" / "cpu.json")
     shown = subprocess.run([*base, "table", record], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert shown.returncode == 0 and "| decode at depth 32 | tok/s |" in shown.stdout
+
+
+def test_install_without_names_takes_what_is_not_there(tmp_path: Path) -> None:
+    places = Places(tmp_path / "engines", tmp_path / "models", {})
+    assert set(wanted(places)) == {"export", *(ENGINES[name].environment for name in NAMES)} - {""}
+    there = interpreter(places.engines, "openvino")
+    there.parent.mkdir(parents=True)
+    there.touch()
+    assert "openvino" not in wanted(places) and "llama.cpp" in wanted(places)

@@ -42,7 +42,7 @@ def main() -> int:
         print(render(Record.open(Path(args.names[0]) if args.names else args.out).data, TITLE))
         return 0
     if args.command == "install":
-        return _install(args.names or _wanted(places), places)
+        return _install(args.names or wanted(places), places)
     engines = _chosen(args.only)
     threads = args.threads or probe_native().threads or 1
     groups = plan(args.quick, threads, args.formats)
@@ -123,7 +123,7 @@ def _prepare(engines: list[Engine], groups: list[Group], places: Places) -> None
                 _say(f"{engine.name}: {error}")
 
 
-def _wanted(places: Places) -> list[str]:
+def wanted(places: Places) -> list[str]:
     """Environments of the engines that this benchmark measures, and of their files, as far as they are not there."""
     names = dict.fromkeys(["export", *(e.environment for e in _chosen([]) if e.environment)])
     return [name for name in names if not interpreter(places.engines, name).exists()]
@@ -131,6 +131,8 @@ def _wanted(places: Places) -> list[str]:
 
 def _install(names: list[str], places: Places) -> int:
     failed = 0
+    if not names:
+        _say(f"every environment is installed in {places.engines}")
     for name in names:
         _say(f"installing {name} into {places.engines / name}")
         try:
