@@ -142,7 +142,8 @@ FINIAL_RARE void add_rare(const uint8_t* p, const Multiply& scale, const Int8Blo
 
 // Block b of a panel, at p, with all rows: two at a time, so that more sums are under way than one row has. A function
 // of its own, so that the weights stay in registers. Meanwhile the next block is asked for, a few lines with each tile:
-// a block lasts so long that the processor's own prefetching has forgotten it; and so are the next tile's rows.
+// a block lasts so long that the processor's own prefetching has forgotten it. So are the next
+// tile's rows.
 template <class Q, class Scale>
 FINIAL_APART void add_rows(const uint8_t* FINIAL_RESTRICT p, const Scale& scale, const Multiply& otherwise,
                            const Rows& rows, int64_t b, float* FINIAL_RESTRICT c) {

@@ -13,7 +13,7 @@
 // Measured on one core of EPYC Genoa, 1024 inputs and outputs: one row 39 (q4_k), 35 (q5_k) and 48 (q6_k) GB/s from the
 // second-level cache; 512 rows 305, 307 and 287 of 473 GFLOP/s, where a group's levels stay in registers while rows
 // pass by in pairs: beside a pair's 32 multiplications of bytes 12 of floats want the same units. Asking for the panel
-// early changes nothing (4 rows, 15 GB/s both ways).
+// early changes nothing there (4 rows, 15 GB/s both ways), and much on EPYC Turin (panels.h).
 #include "packed_k.h"
 
 namespace finial::FINIAL_ISA {
