@@ -9,8 +9,8 @@
 // product is exact. The table takes 2.3 % of the time of 168 rows, which pays from TABLE_ROWS rows on. Measured on one
 // core of EPYC Genoa, 168 rows, 4096 inputs, weights in the second-level cache, against 473 GFLOP/s of the instruction
 // alone: 83 %; the loop over rows alone 86 %, with 89 % as the most that blocks of 32 allow. EPYC Turin, which starts
-// two of these instructions each cycle, does 512 rows at 75 to 77 % of 1,060 GFLOP/s, the loop alone at 86 %; with one
-// chain a sum and without asking for rows 68 to 72 %.
+// two of these instructions each cycle, does 512 rows at 73 to 77 % of 1,060 GFLOP/s, the loop alone at 86 %; with one
+// chain a sum and without asking for rows 67 to 72 %.
 #pragma once
 
 #include "packed_int8.h"
@@ -89,7 +89,7 @@ struct Table {
     std::memcpy(&out, &x.scale, 4);
     return out;
   }
-  FINIAL_INLINE I everywhere(const Int8Block& x) {
+  FINIAL_INLINE I broadcast_scale(const Int8Block& x) {
 #if defined(__GNUC__)  // else the compiler broadcasts it from the register that holds its bits, not from memory
     I out;
     __asm__("vpbroadcastd %1, %0" : "=v"(out) : "m"(x.scale));
@@ -103,7 +103,7 @@ struct Table {
   FINIAL_INLINE V product(const Table& t, const Int8Block& x, int v) {
     uint32_t level = bits_of(x) >> (23 - FRACTION) & (LEVELS - 1);
     const I m = _mm512_load_si512(t.bits + level * PANEL + v * W);
-    return _mm512_castsi512_ps(_mm512_add_epi32(everywhere(x), m));
+    return _mm512_castsi512_ps(_mm512_add_epi32(broadcast_scale(x), m));
   }
 };
 
@@ -142,8 +142,7 @@ FINIAL_RARE void add_rare(const uint8_t* p, const Multiply& scale, const Int8Blo
 
 // Block b of a panel, at p, with all rows: two at a time, so that more sums are under way than one row has. A function
 // of its own, so that the weights stay in registers. Meanwhile the next block is asked for, a few lines with each tile:
-// a block lasts so long that the processor's own prefetching has forgotten it. So are the next
-// tile's rows.
+// a block lasts so long that the processor's own prefetching has forgotten it. The next tile's rows are asked for too.
 template <class Q, class Scale>
 FINIAL_APART void add_rows(const uint8_t* FINIAL_RESTRICT p, const Scale& scale, const Multiply& otherwise,
                            const Rows& rows, int64_t b, float* FINIAL_RESTRICT c) {
