@@ -1,7 +1,7 @@
 """The command line: run, make ready, install rivals, show a record.
 
 python -m benchmarks.cpu --quick --out cpu.json
-python -m benchmarks.cpu install openvino onnxruntime llama.cpp export
+python -m benchmarks.cpu install
 python -m benchmarks.cpu prepare
 python -m benchmarks.cpu table cpu.json
 """
@@ -174,8 +174,9 @@ def _named(text: str) -> tuple[str, Path]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description="finial and its rivals on this CPU")
     parser.add_argument("command", nargs="?", default="run", choices=("run", "prepare", "install", "table"))
-    parser.add_argument("names", nargs="*", help=f"of environments to install ({', '.join(ENVIRONMENTS)}), or a record")
-    parser.add_argument("--quick", action="store_true", help="fewer depths, lengths and rounds: below 5 minutes")
+    environments = f"of environments to install ({', '.join(ENVIRONMENTS)}; none: those of the engines it measures)"
+    parser.add_argument("names", nargs="*", help=f"{environments}, or a record")
+    parser.add_argument("--quick", action="store_true", help="fewer depths, lengths and rounds")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and for how long")
     parser.add_argument("--out", type=Path, default=Path("cpu.json"), help="the record; resumed when it is there")
     parser.add_argument("--fresh", action="store_true", help="replace the record")
