@@ -144,6 +144,13 @@ FINIAL_INLINE void add_group(const uint8_t* pair, const typename K::Factors& f, 
   }
 }
 
+// Part i of n of what is asked for with a block: as much as the block, head included.
+template <class K>
+FINIAL_INLINE void stream_part(const uint8_t* w, int i, int n) {
+  constexpr int LINES = K::BYTES / 64;
+  stream(w + LINES * i / n * 64, (LINES * (i + 1) / n - LINES * i / n) * 64);
+}
+
 // c [PANEL] = a panel times one row.
 template <class K>
 void one_k(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
@@ -155,7 +162,7 @@ void one_k(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x,
     K::load(w, f);
     for (int p = 0; p < GROUPS / 2; ++p, x += 2) {
       const uint8_t* pair = w + K::HEAD + p * K::PAIR;
-      stream(pair, K::PAIR);
+      stream_part<K>(w, p, GROUPS / 2);
       add_group<K, 0>(pair, f, 2 * p, x[0], acc);
       add_group<K, 1>(pair, f, 2 * p + 1, x[1], acc);
     }
@@ -206,14 +213,15 @@ struct Rows {
 // Levels are taken out of a pair of groups a thousand cycles after each other, so the processor's own prefetching has
 // forgotten the panel: what lies a pair further on is asked for, a group's share of it with the tiles of its rows.
 template <class K, int ODD>
-FINIAL_APART void meet_group(const uint8_t* pair, const typename K::Factors& f, int group, const Rows& rows,
-                             int64_t block, float* FINIAL_RESTRICT c) {
+FINIAL_APART void meet_group(const uint8_t* w, const typename K::Factors& f, int group, const Rows& rows, int64_t block,
+                             float* FINIAL_RESTRICT c) {
+  const uint8_t* pair = w + K::HEAD + group / 2 * K::PAIR;
   Levels32<K> g;
   take<K, ODD>(pair, f, group, g);
   const int64_t share = K::BYTES / GROUPS, ahead = (share + 64 * rows.tiles) / (64 * rows.tiles) * 64;
   const uint8_t* next = pair + K::PAIR + ODD * share;
   const bool few = STREAMS && rows.rows <= TILE;
-  if (few) stream(pair + ODD * share, share + 63);
+  if (few) stream_part<K>(w, group, GROUPS);
   for (int64_t i = 0; i < rows.tiles; ++i) {
     if (!few) prefetch(next + i * ahead, ahead);
     const Int8Block *x = rows.x[i] + block * rows.count[i], *end = x + rows.count[i];
@@ -241,9 +249,8 @@ void tiles_of(const uint8_t* FINIAL_RESTRICT w, const Product& p, int64_t n_in, 
     typename K::Factors f;
     K::load(w, f);
     for (int i = 0; i < GROUPS / 2; ++i) {
-      const uint8_t* pair = w + K::HEAD + i * K::PAIR;
-      meet_group<K, 0>(pair, f, 2 * i, taken, GROUPS * b + 2 * i, c);
-      meet_group<K, 1>(pair, f, 2 * i + 1, taken, GROUPS * b + 2 * i + 1, c);
+      meet_group<K, 0>(w, f, 2 * i, taken, GROUPS * b + 2 * i, c);
+      meet_group<K, 1>(w, f, 2 * i + 1, taken, GROUPS * b + 2 * i + 1, c);
     }
   }
 }
