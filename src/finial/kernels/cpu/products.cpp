@@ -20,14 +20,14 @@ void fetch(const float* p) {
 
 }  // namespace
 
-// The input of products as they take it: normalised, rounded. Few rows: every thread makes its own, which is cheaper
-// than to wait for another. `scratch` moves behind what this takes of it.
+// The input of products as they take it: normalised, rounded, if who made it has not done so. Few rows: every thread
+// makes its own, which is cheaper than to wait for another. `scratch` moves behind what this takes of it.
 const uint8_t* Program::prepare(const Linears& p, const Step& step, int64_t rows, int thread, uint8_t*& scratch) {
   const int64_t width = buffers_[static_cast<size_t>(p.x)].width, bytes = rounded_bytes(p.rounding, width);
   const float* x = step.buffers[static_cast<size_t>(p.x)];
   if (p.rounding == Rounding::None && p.norm == nullptr) return reinterpret_cast<const uint8_t*>(x);
   const bool shared = rows > kernels_->blocking.tile;
-  if (shared && buffers_[static_cast<size_t>(p.x)].as != Rounding::None) return reinterpret_cast<const uint8_t*>(x);
+  if (buffers_[static_cast<size_t>(p.x)].as != Rounding::None) return reinterpret_cast<const uint8_t*>(x);
   uint8_t* out = shared ? step.rounded[static_cast<int>(p.rounding)] : scratch;
   scratch += kernels_->blocking.tile * rounded(bytes, 64);
   float* normal = reinterpret_cast<float*>(scratch);
@@ -127,20 +127,25 @@ void Program::multiply_many(const Instruction& i, const Step& step, int thread) 
   }
 }
 
-// Units [begin, end) of products of few rows, counted over all members.
+// Units [begin, end) of a thread's share of products of few rows, its parts of all members one after the other.
 void Program::multiply_units(const Linears& p, const Step& step, const uint8_t* x, int64_t begin, int64_t end,
                              uint8_t* scratch) {
   const auto at = [&](int buffer) { return buffer < 0 ? nullptr : step.buffers[static_cast<size_t>(buffer)]; };
   const int64_t rows = step.rows(buffers_[static_cast<size_t>(p.x)]);
+  size_t of = 0;  // whose share
+  while (begin >= p.edges[of + 1]) ++of;
+  begin -= p.edges[of], end -= p.edges[of];
   for (const Linears::Member& m : p.members) {
     const finial::Linear& l = weights_[static_cast<size_t>(m.weight)];
-    const int64_t from = std::max<int64_t>(begin, 0), to = std::min(end, m.units);
-    begin -= m.units, end -= m.units;
+    const int64_t edge = m.edges[of], count = m.edges[of + 1] - edge;
+    const int64_t from = edge + std::max<int64_t>(begin, 0), to = edge + std::min(end, count);
+    begin -= count, end -= count;
     if (from >= to) continue;
     const float* add = at(m.add);
     if (p.rounding != Rounding::None) {
       const finial::Linear* second = m.second < 0 ? nullptr : &weights_[static_cast<size_t>(m.second)];
-      kernels_->multiply({&l, second, x, add, at(m.out), rows, 0, 1}, from, to);
+      const Rounding as = buffers_[static_cast<size_t>(m.out)].as;
+      kernels_->multiply({&l, second, x, add, at(m.out), rows, 0, 1, as}, from, to);
       continue;
     }
     const int64_t first = from * LINE, last = std::min(to * LINE, l.n_out);
@@ -165,20 +170,18 @@ void Program::wait(size_t at, const Step& step, int thread, Run& next) {
     }
   }
   if (!code_[at].barrier) return;
-  if (code_[at].op == Op::Linears) announce(code_[at], step, thread);
+  if (code_[at].op == Op::Linears || code_[at].op == Op::Attention) announce(code_[at], step, thread);
   pool_->barrier(&next);
 }
 
 // The beginning of a thread's share of the weights.
 Run Program::share_of(const Linears& p, int thread) const {
-  int64_t begin = p.edges[static_cast<size_t>(thread)], end = p.edges[static_cast<size_t>(thread) + 1];
   for (const Linears::Member& m : p.members) {
-    if (begin < m.units && begin < end) {
-      const finial::Linear& l = weights_[static_cast<size_t>(m.weight)];
-      const uint8_t* from = l.packed != nullptr ? l.packed + begin * l.stride : l.weight + begin * m.unit;
-      return {from, from + std::min(AHEAD, (std::min(end, m.units) - begin) * m.unit)};
-    }
-    begin -= m.units, end -= m.units;
+    const int64_t begin = m.edges[static_cast<size_t>(thread)], end = m.edges[static_cast<size_t>(thread) + 1];
+    if (begin == end) continue;
+    const finial::Linear& l = weights_[static_cast<size_t>(m.weight)];
+    const uint8_t* from = l.packed != nullptr ? l.packed + begin * l.stride : l.weight + begin * m.unit;
+    return {from, from + std::min(AHEAD, (end - begin) * m.unit)};
   }
   return {nullptr, nullptr};
 }
@@ -190,12 +193,17 @@ uint64_t Program::number(const Instruction& i) const {
 // From now on others may take units of this thread's share. Before the barrier in front of an instruction, if it has
 // one: behind it anybody may look.
 void Program::announce(const Instruction& i, const Step& step, int thread) {
-  const Linears& p = linears_[static_cast<size_t>(i.linears)];
-  const int64_t rows = step.rows(buffers_[static_cast<size_t>(p.x)]);
-  Range units{p.edges[static_cast<size_t>(thread)], p.edges[static_cast<size_t>(thread) + 1]};
-  if (are_many(p, rows)) {
-    const Many m = many(p, rows);
-    units = share(m.groups * m.together, thread, pool_->threads());
+  Range units;
+  if (i.op == Op::Attention) {
+    units = share(shares_[static_cast<size_t>(i.plan)].pieces(), thread, pool_->threads());
+  } else {
+    const Linears& p = linears_[static_cast<size_t>(i.linears)];
+    const int64_t rows = step.rows(buffers_[static_cast<size_t>(p.x)]);
+    units = {p.edges[static_cast<size_t>(thread)], p.edges[static_cast<size_t>(thread) + 1]};
+    if (are_many(p, rows)) {
+      const Many m = many(p, rows);
+      units = share(m.groups * m.together, thread, pool_->threads());
+    }
   }
   left_[static_cast<size_t>(thread)].range.store(
       number(i) | static_cast<uint64_t>(units.begin) << 24 | static_cast<uint64_t>(units.end),

@@ -68,19 +68,20 @@ struct Linears {
   struct Member {
     int out, weight, second = -1, add = -1;  // second: the output is silu(weight's) * second's; add: a buffer
     int64_t units = 0, unit = 0;             // panels, or lines of outputs, and the bytes of one
+    std::vector<int64_t> edges = {};         // [threads + 1]: in which unit a thread's share begins
   };
   int x;
   const float* norm;  // [width of x] or null
   float eps;
   Rounding rounding;
   std::vector<Member> members;
-  std::vector<int64_t> edges;  // [threads + 1]: in which unit, counted over all members, a thread's share begins
+  std::vector<int64_t> edges;  // [threads + 1]: where a thread's share begins, counting shares of all members together
 };
 constexpr int64_t MOST_UNITS = int64_t{1} << 24;
 constexpr int64_t LINE = 16;  // floats in a cache line: shares end on these, so that no line has two writers
 
-// What is left of a thread's share of a product, which others may take from its end: the number of the product, the
-// first unit left and the one past the last.
+// What is left of a thread's share of a product's units, or of attention's pieces, which others may take from its end:
+// the number of the instruction, the first unit left and the one past the last.
 struct alignas(64) Left {
   std::atomic<uint64_t> range{0};
 };
@@ -255,6 +256,8 @@ class Program {
   bool begins_page(const Step& step) const;
   void take_pages(const Step& step, int thread);
   void wait(size_t at, const Step& step, int thread, Run& next);
+  template <class F>
+  void each_part(int64_t rows, int64_t count, int thread, F f) const;
   void execute(const Instruction& i, const Step& step, int thread);
   const Buffer& output_buffer(int output) const;
   float* own_output(const Step& step, const Buffer& b);
@@ -299,12 +302,10 @@ class Program {
 
   std::mutex running_;
   Memory arena_, scratch_, partials_, rounded_;
-  std::vector<AttentionPlan> shares_;             // [plans]: of this step
-  std::vector<int32_t> sequence_;                 // [maps][rows]: the sequence of a row
-  std::unique_ptr<std::atomic<int64_t>[]> next_;  // [instructions]: the next item that nobody has taken
-  size_t counters_ = 0;
-  std::unique_ptr<Left[]> left_;  // [threads]
-  std::vector<size_t> ahead_;     // [instructions]: the next products from there on
+  std::vector<AttentionPlan> shares_;  // [plans]: of this step
+  std::vector<int32_t> sequence_;      // [maps][rows]: the sequence of a row
+  std::unique_ptr<Left[]> left_;       // [threads]
+  std::vector<size_t> ahead_;          // [instructions]: the next products from there on
   uint64_t steps_ = 0;
   Memory logits_;                 // of steps that choose tokens
   std::vector<int64_t> highest_;  // [threads][rows]: of each thread's part of a row

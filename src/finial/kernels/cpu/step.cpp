@@ -110,6 +110,7 @@ void Program::reserve(Step& step) {
     shares_[i].build(step.input(m.positions).data, starts.data, starts.shape[0] - 1, p.window, p.group,
                      p.cache.kv_heads, kernels_->attention_partial(p.cache.type, p.cache.head_dim), pool_->threads(),
                      kernels_->attention_queries(p.cache.type));
+    if (shares_[i].pieces() >= MOST_UNITS) reject("a step of so many rows has too many pieces of attention");
     partials = shares_[i].partial_floats() > partials ? shares_[i].partial_floats() : partials;
   }
   if (partials_.size() < static_cast<size_t>(partials) * sizeof(float)) {
@@ -164,11 +165,6 @@ void Program::reserve(Step& step) {
     for (int64_t b = 0; b + 1 < starts.shape[0]; ++b)
       for (int64_t t = starts.data[b]; t < starts.data[b + 1]; ++t) *at++ = static_cast<int32_t>(b);
   }
-  if (counters_ != code_.size()) {
-    next_ = std::make_unique<std::atomic<int64_t>[]>(code_.size());
-    counters_ = code_.size();
-  }
-  for (size_t i = 0; i < counters_; ++i) next_[i].store(0, std::memory_order_relaxed);
   ++steps_;
   if (left_ == nullptr) left_ = std::make_unique<Left[]>(static_cast<size_t>(pool_->threads()));
   if (ahead_.size() != code_.size()) {
