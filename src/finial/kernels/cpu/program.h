@@ -136,7 +136,7 @@ class Program {
 
   // Building. Indices returned are what later calls take; a shape that does not fit throws std::invalid_argument.
   int dimension();  // a number of rows that each step gives
-  // Many rows of a buffer, which one product makes and others read, all with matrices of this format, lie in it
+  // The rows of a buffer, which one gated product makes and others read, all with matrices of this format, lie in it
   // rounded, as these want them.
   void keep_rounded(int buffer, Format format);
   int buffer(int dimension, int64_t width, int slot);             // slot: arena memory that buffers take turns in
