@@ -310,6 +310,7 @@ def test_the_builder_refuses_what_does_not_fit() -> None:
         lambda: program.linears(x, [(y, w, -1, -1)], np.ones(63, np.float32), 1e-6),
         lambda: program.rms_norm(x, x, np.ones(64, np.float32), 1e-6),
         lambda: program.rope(y, x, 0, np.ones(4, np.float32), 1.0),
+        lambda: program.rope(x, x, 0, np.ones(32, np.float32), 1.0, np.ones(63, np.float32), 1e-6),
         lambda: program.add(y, x, x),
         lambda: program.buffer(rows, 8, 5),
         lambda: program.cache(0, 64, "f32"),

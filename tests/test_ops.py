@@ -147,24 +147,27 @@ def rms_norm(rows: int, width: int, group: int, scale: float = 1.0) -> Case:
     )
 
 
-def rope(rows: int, heads: int, head_dim: int, first: int, scale: float = 1.0) -> Case:
+def rope(rows: int, heads: int, head_dim: int, first: int, scale: float = 1.0, normed: bool = False) -> Case:
     graph = Graph("rope")
-    inputs = (
-        graph.input("x", ("T", heads * head_dim)),
-        graph.input("positions", ("T",), "i32"),
-        graph.weight("f", (head_dim // 2,)),
-    )
-    graph.output(graph.apply("rope", *inputs, head_dim=head_dim, scale=scale))
+    heads_of = graph.input("x", ("T", heads * head_dim))
     x = normal((rows, heads * head_dim), 9)
     frequencies = (10_000.0 ** -(np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+    weights, largest, before = {"f": Tensor.from_array(frequencies)}, np.abs(x).max(), 0.0
+    if normed:
+        heads_of = graph.apply("rms_norm", heads_of, graph.weight("w", (head_dim,)), eps=1e-6)
+        weights["w"] = Tensor.from_array(normal((head_dim,), 8))
+        largest = np.sqrt(head_dim) * np.abs(weights["w"].decode()).max()  # what a norm leaves of one that is alone
+        before = gamma(head_dim) + 10 * U  # rms_norm's, of both elements that a turn takes
+    inputs = (graph.input("positions", ("T",), "i32"), graph.weight("f", (head_dim // 2,)))
+    graph.output(graph.apply("rope", heads_of, *inputs, head_dim=head_dim, scale=scale))
     feeds = {"x": x, "positions": np.arange(first, first + rows, dtype=np.int32)}
     # The angle is one float32 product on both sides; cos and sin of it are good to 2 ulp, then 3 roundings.
     return Case(
-        f"rope {rows}x{heads}x{head_dim} at {first}",
+        f"rope {rows}x{heads}x{head_dim} at {first}{' normed' * normed}",
         graph,
-        {"f": Tensor.from_array(frequencies)},
+        weights,
         feeds,
-        lambda _: 12 * U * scale * np.abs(x).max(),
+        lambda _: (12 * U + 2 * before) * scale * largest,
     )
 
 
@@ -305,6 +308,7 @@ CASES = [
         )
     ),
     rope(3, 2, 64, 5, scale=1.25),
+    *(rope(rows, heads, dim, 7, normed=True) for rows, heads, dim in ((1, 1, 2), (1, 4, 128), (5, 3, 80), (33, 2, 96))),
     *(pointwise("silu_mul", rows, width) for rows, width in ((1, 1), (3, 100), (17, 257))),
     pointwise("silu_mul", 4, 64, 1e3),
     pointwise("silu_mul", 4, 64, 1e-6),

@@ -68,7 +68,16 @@ class Program:
         eps: float = 0.0,
     ) -> None: ...
     def rms_norm(self, out: int, x: int, weight: NDArray[float32], eps: float) -> None: ...
-    def rope(self, out: int, x: int, positions: int, frequencies: NDArray[float32], scale: float) -> None: ...
+    def rope(
+        self,
+        out: int,
+        x: int,
+        positions: int,
+        frequencies: NDArray[float32],
+        scale: float,
+        norm: NDArray[float32] | None = None,
+        eps: float = 0.0,
+    ) -> None: ...
     def cache_write(self, cache: int, keys: int, values: int, slots: int) -> None: ...
     def attention(
         self,

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from finial.backends import Ahead, Draw, Timing
 from finial.backends.cpu_ahead import Chooser
-from finial.backends.fuse import Product, Products, plan
+from finial.backends.fuse import NormedRope, Product, Products, normed_ropes, plan
 from finial.errors import BackendError
 from finial.formats import FORMATS, Reencoded, Tensor
 from finial.graph import Dim, Graph, Node, Value
@@ -55,6 +55,8 @@ class _Slots:
 
 
 PANEL = 32  # outputs that native products make at a time: kernels.h
+
+Item = Node | Products | NormedRope  # of the work that a graph is lowered to
 
 
 class CpuProgram:
@@ -172,9 +174,9 @@ class CpuProgram:
             self._buffers[value.name] = native.output(self._dimension(value), _width(value))
         self._caches = {value.name: native.cache(*_heads(value), value.dtype) for value in graph.of_kind("state")}
         current = {name: name for name in self._caches}  # state -> its newest version; older ones are overwritten
-        work = plan(graph, self._kind)
+        work = normed_ropes(graph, plan(graph, self._kind))
         last = {name: index for index, item in enumerate(work) for name in item.inputs}
-        readers: dict[str, list[Node | Products]] = {}
+        readers: dict[str, list[Item]] = {}
         for item in work:
             for name in item.inputs:
                 readers.setdefault(name, []).append(item)
@@ -196,13 +198,15 @@ class CpuProgram:
                         native.keep_rounded(self._buffers[output], format)
             if isinstance(item, Products):
                 self._products(item)
+            elif isinstance(item, NormedRope):
+                self._rope(item.rope, item.norm)
             else:
                 _EMIT[item.op](self, item)
             for name in {*item.inputs, *item.outputs} & held.keys():
                 if last.get(name, index) == index:
                     slots.give(graph.values[name], held.pop(name))
 
-    def _rounded_for(self, maker: Products, name: str, readers: list[Node | Products]) -> str:
+    def _rounded_for(self, maker: Products, name: str, readers: list[Item]) -> str:
         """The format of the weights that a gated product's result is for alone, which it can round for them; or ""."""
         gated = next(product for product in maker.products if product.output == name).up is not None
         if not gated or len(readers) != 1 or not isinstance(reader := readers[0], Products):
@@ -287,14 +291,15 @@ class CpuProgram:
         out, eps = self._buffers[node.outputs[0]], _number(node, "eps")
         self._native.rms_norm(out, self._buffers[x], self._vector(weight), eps)
 
-    def _rope(self, node: Node) -> None:
+    def _rope(self, node: Node, norm: Node | None = None) -> None:
         x, positions, frequencies = node.inputs
         self._native.rope(
             self._buffers[node.outputs[0]],
-            self._buffers[x],
+            self._buffers[x if norm is None else norm.inputs[0]],
             self._int_ids[positions],
             self._vector(frequencies),
             _number(node, "scale"),
+            *(() if norm is None else (self._vector(norm.inputs[1]), _number(norm, "eps"))),
         )
 
     def _cache_write(self, node: Node) -> None:

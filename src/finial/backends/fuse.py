@@ -55,6 +55,47 @@ class Products:
         return [product.output for product in self.products]
 
 
+@dataclass
+class NormedRope:
+    """rope of heads that are normalised first, each on its own."""
+
+    norm: Node
+    rope: Node
+
+    @property
+    def inputs(self) -> list[str]:
+        """Values that it reads, weights included."""
+        return [*self.norm.inputs, *self.rope.inputs[1:]]
+
+    @property
+    def outputs(self) -> list[str]:
+        """Values that it makes."""
+        return list(self.rope.outputs)
+
+
+def normed_ropes(graph: Graph, items: list[Node | Products]) -> list[Node | Products | NormedRope]:
+    """The items, a norm of heads that one rope alone reads together with it: a head is read and written once."""
+    readers: dict[str, list[Node | Products]] = {}
+    for item in items:
+        for name in item.inputs:
+            readers.setdefault(name, []).append(item)
+    norms: dict[int, Node] = {}  # by the rope that reads it
+    for item in items:
+        if not isinstance(item, Node) or item.op != "rms_norm" or item.outputs[0] in graph.outputs:
+            continue
+        reader, *others = readers.get(item.outputs[0], [None])
+        if isinstance(reader, Node) and not others and reader.op == "rope" and reader.inputs[0] == item.outputs[0]:
+            width, half = graph.values[item.inputs[1]].shape[0], graph.values[reader.inputs[2]].shape[0]
+            if isinstance(half, int) and width == 2 * half:
+                norms[id(reader)] = item
+    gone = {id(norm) for norm in norms.values()}
+    return [
+        NormedRope(norms[id(item)], item) if isinstance(item, Node) and id(item) in norms else item
+        for item in items
+        if id(item) not in gone
+    ]
+
+
 def plan(graph: Graph, kind_of: Callable[[str], str]) -> list[Node | Products]:
     """The graph's nodes in order, products gathered.
 

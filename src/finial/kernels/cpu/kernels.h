@@ -167,7 +167,7 @@ struct Kernels {
   void (*store_blocked)(const Cache&, const float* keys, const float* values, const int32_t* slots, int64_t begin,
                         int64_t end);
   void (*rms_norm)(const float* x, const float* weight, float* y, int64_t width, float eps);     // one group of `width`
-  void (*rope)(const float* x, const float* cos, const float* sin, float* y, int64_t head_dim);  // one head
+  void (*rope)(const float* x, const float* cos, const float* sin, float* y, int64_t head_dim);  // one head; y may be x
   void (*store)(CacheType, const float* x, uint8_t* out, int64_t n);
   void (*add)(const float* a, const float* b, float* y, int64_t n);
   void (*silu_mul)(const float* gate, const float* up, float* y, int64_t n);

@@ -204,10 +204,15 @@ void bind_program(nb::module_& m) {
           "out"_a, "x"_a, "weight"_a.noconvert(), "eps"_a, nb::keep_alive<1, 4>())
       .def(
           "rope",
-          [](Program& p, int out, int x, int positions, const Vector& frequencies, float scale) {
-            p.rope(out, x, positions, frequencies.data(), 2 * static_cast<int64_t>(frequencies.size()), scale);
+          [](Program& p, int out, int x, int positions, const Vector& frequencies, float scale,
+             std::optional<Vector> norm, float eps) {
+            const int64_t head_dim = 2 * static_cast<int64_t>(frequencies.size());
+            if (norm && static_cast<int64_t>(norm->size()) != head_dim)
+              throw std::invalid_argument("rope: a norm [head_dim] goes with frequencies [head_dim / 2]");
+            p.rope(out, x, positions, frequencies.data(), head_dim, scale, norm ? norm->data() : nullptr, eps);
           },
-          "out"_a, "x"_a, "positions"_a, "frequencies"_a.noconvert(), "scale"_a, nb::keep_alive<1, 5>())
+          "out"_a, "x"_a, "positions"_a, "frequencies"_a.noconvert(), "scale"_a, "norm"_a.noconvert() = nb::none(),
+          "eps"_a = 0.0f, nb::keep_alive<1, 5>(), nb::keep_alive<1, 7>(), "Of heads, or of their norms.")
       .def("cache_write", &Program::cache_write, "cache"_a, "keys"_a, "values"_a, "slots"_a)
       .def("attention", &Program::attention, "out"_a, "queries"_a, "cache"_a, "positions"_a, "starts"_a, "lengths"_a,
            "pages"_a, "window"_a, "scale"_a)

@@ -339,7 +339,8 @@ void Program::rms_norm(int out, int x, const float* weight, int64_t width, float
   push(i, {resource(x)}, {resource(out)}, {in.dimension, in.width, in.width / width});
 }
 
-void Program::rope(int out, int x, int positions, const float* frequencies, int64_t head_dim, float scale) {
+void Program::rope(int out, int x, int positions, const float* frequencies, int64_t head_dim, float scale,
+                   const float* norm, float eps) {
   const Buffer &y = check(out, "rope"), &in = check(x, "rope");
   require(in.width == y.width && in.dimension == y.dimension && head_dim >= 2 && head_dim % 2 == 0 &&
               in.width % head_dim == 0,
@@ -359,7 +360,7 @@ void Program::rope(int out, int x, int positions, const float* frequencies, int6
     push(make, {}, {4 * table + 3});
   }
   Instruction i{Op::Rope};
-  i.out = out, i.a = x, i.ints[0] = positions, i.table = table, i.width = head_dim;
+  i.out = out, i.a = x, i.ints[0] = positions, i.table = table, i.width = head_dim, i.vector = norm, i.number = eps;
   push(i, {resource(x), 4 * table + 3}, {resource(out)}, {in.dimension, in.width, in.width / head_dim});
 }
 

@@ -164,7 +164,9 @@ class Program {
   void pack();
   void linears(int x, const float* norm, int64_t norm_width, float eps, std::vector<Linears::Member> members);
   void rms_norm(int out, int x, const float* weight, int64_t width, float eps);
-  void rope(int out, int x, int positions, const float* frequencies, int64_t head_dim, float scale);
+  // norm: null, or [head_dim], by which every head is normalised first.
+  void rope(int out, int x, int positions, const float* frequencies, int64_t head_dim, float scale,
+            const float* norm = nullptr, float eps = 0);
   void cache_write(int cache, int keys, int values, int slots);
   void attention(int out, int queries, int cache, int positions, int starts, int lengths, int pages, int64_t window,
                  float scale);

@@ -137,6 +137,7 @@ void Program::profile(bool on) {
     if (!on) break;
     Timing t;
     t.what = NAMES[static_cast<int>(i.op)];
+    if (i.op == Op::Rope && i.vector != nullptr) t.what = "norm + rope";
     if (i.op == Op::Linears) {
       const Linears& p = linears_[static_cast<size_t>(i.linears)];
       t.what =
@@ -225,9 +226,15 @@ void Program::execute(const Instruction& i, const Step& step, int thread) {
       const float* cos = step.tables[static_cast<size_t>(i.table)];
       const float* sin = cos + rows * half;
       each_part(rows, heads, thread, [&](Range part) {
-        for (int64_t h = part.begin; h < part.end; ++h)
-          kernels_->rope(at(i.a) + h * i.width, cos + h / heads * half, sin + h / heads * half, at(i.out) + h * i.width,
-                         i.width);
+        for (int64_t h = part.begin; h < part.end; ++h) {
+          const float* x = at(i.a) + h * i.width;
+          float* y = at(i.out) + h * i.width;
+          if (i.vector != nullptr) {
+            kernels_->rms_norm(x, i.vector, y, i.width, i.number);
+            x = y;
+          }
+          kernels_->rope(x, cos + h / heads * half, sin + h / heads * half, y, i.width);
+        }
       });
       break;
     }
