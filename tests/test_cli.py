@@ -2,63 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import finial
-from finial import LLM, machine
-from finial.cli import BROKEN_PIPE, INTERRUPTED, MISTAKE, console, invoke
+from commands import GREEDY, Call, Terminal, command, environment, finial_, lines_of
+from finial import LLM
+from finial.cli import BROKEN_PIPE, INTERRUPTED, MISTAKE, console
 from finial.cli.options import sampling_options
 from finial.cli.run import DEMO_PROMPT
 from finial.files.checkpoint import GenerationDefaults
-
-SOURCES = str(Path(finial.__file__).parents[1])
-GREEDY = ["--temperature", "0", "--threads", "1"]
-
-
-def environment(**changes: str) -> dict[str, str]:
-    base = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
-    return base | {"PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"} | changes
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "finial.cli", *arguments]
-
-
-def finial_(*arguments: str, stdin: str | None = None, **changes: str) -> subprocess.CompletedProcess[str]:
-    """A real process with pipes; without `stdin` there is none to read."""
-    given = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=250, env=environment(**changes), **given
-    )
-
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """One command line in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        code = invoke(arguments)
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -269,79 +232,6 @@ def test_sampling_comes_from_the_model_unless_told() -> None:
 # ------------------------------------------------------------------------------------- terminals and signals
 
 
-class Terminal:
-    """A command in a pseudo-terminal."""
-
-    def __init__(self, *arguments: str, columns: int = 80, **changes: str) -> None:
-        import fcntl
-        import pty
-        import struct
-        import termios
-
-        leader, follower = pty.openpty()
-        fcntl.ioctl(leader, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-        self.process = subprocess.Popen(
-            command(*arguments),
-            stdin=follower,
-            stdout=follower,
-            stderr=follower,
-            env=environment(**changes),
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that ^C typed here becomes SIGINT
-        )
-        os.close(follower)
-        self._leader = leader
-        self.shown = ""
-
-    def until(self, *words: str, limit_s: float = 40.0) -> str:
-        """Read until all words were shown since the last call; returns what was."""
-        start, deadline = len(self.shown), time.monotonic() + limit_s
-        while not all(word in self.shown[start:] for word in words):
-            assert time.monotonic() < deadline, f"{words} not in {self.shown[start:]!r}"
-            assert self._read(0.2), f"ended without {words}: {self.shown[start:]!r}"
-        return self.shown[start:]
-
-    def asked(self) -> None:
-        """Wait for the prompt, and until the process sleeps: readline listens for signals a moment after it."""
-        self.until("> ")
-        state, deadline = Path(f"/proc/{self.process.pid}/stat"), time.monotonic() + 40
-        if not state.exists():  # a system without /proc
-            time.sleep(0.5)
-            return
-        while state.read_text().rsplit(")", 1)[1].split()[0] != "S":
-            assert time.monotonic() < deadline, "it does not wait"
-            time.sleep(0.01)
-
-    def _read(self, wait_s: float) -> bool:
-        if not select.select([self._leader], [], [], wait_s)[0]:
-            return True
-        try:
-            data = os.read(self._leader, 1 << 16)
-        except OSError as error:
-            if error.errno != errno.EIO:  # what Linux says when the other side is closed
-                raise
-            data = b""
-        self.shown += data.decode(errors="replace")
-        return bool(data)
-
-    def type(self, text: str) -> None:
-        os.write(self._leader, text.encode())
-
-    def end(self) -> tuple[int, str]:
-        """(exit code, everything that was shown)."""
-        deadline = time.monotonic() + 40
-        while self._read(0.2):
-            assert time.monotonic() < deadline, f"does not end: {self.shown!r}"
-        code = self.process.wait(timeout=60)
-        os.close(self._leader)
-        return code, self.shown
-
-
-def lines_of(shown: str) -> list[str]:
-    """What a person sees, without colours and cursor movements."""
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r\n", "\n").split("\n")
-
-
 @pytest.mark.parametrize("columns", [80, 120])
 def test_a_terminal_gets_colours_and_no_line_too_wide(columns: int) -> None:
     how = ["-n", "20", *GREEDY, "--stats", "--verify"]
@@ -419,199 +309,6 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert process.wait(timeout=60) == BROKEN_PIPE
     assert process.stderr.read() == b""
     process.stderr.close()
-
-
-# -------------------------------------------------------------------------------------------------------- chat
-
-
-def test_piped_lines_are_turns(call: Call) -> None:
-    how = ["chat", "--threads", "1", "--max-tokens", "12", "--temperature", "0"]
-    code, text, errors = call(*how, stdin="Good morrow!\n\nWhat news?\n")
-    assert code == 0 and errors == ""
-    with LLM("demo", threads=1) as llm:
-        said = [{"role": "user", "content": "Good morrow!"}]
-        first = llm.chat(said, max_tokens=12).text
-        said += [{"role": "assistant", "content": first}, {"role": "user", "content": "What news?"}]
-        second = llm.chat(said, max_tokens=12).text
-    assert text == f"{first}\n{second}\n"
-
-
-def test_commands_of_a_conversation(call: Call) -> None:
-    lines = "/stats\n/help\n/system\n/system Speak.\n/system\nHail!\n/stats\n/reset\n/sistem\n/nothing\n/quit\nnever\n"
-    code, text, errors = call("chat", "--max-tokens", "4", "--threads", "1", stdin=lines)
-    assert code == 0 and "never" not in text
-    for word in (
-        "nothing was said yet", "/reset", "no system message", "Speak.", "tok/s", "a new conversation",
-        "did you mean /system", "/help shows them",
-    ):  # fmt: skip
-        assert word in errors
-
-
-def endless(folder: Path) -> str:
-    """The demo model, without the end-of-turn token among those that end an answer."""
-    model = folder / "endless"
-    shutil.copytree(Path(finial.__file__).parent / "demo", model)
-    for name, key, value in (
-        ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
-        ("generation_config.json", "eos_token_id", 0),
-    ):
-        file = model / name
-        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    return str(model)
-
-
-def test_a_conversation_in_a_terminal_with_an_interrupted_answer(tmp_path: Path) -> None:
-    model = endless(tmp_path)
-    with LLM(model, threads=1) as llm:
-        answer = llm.chat([{"role": "user", "content": "Good morrow!"}], max_tokens=40).text
-    terminal = Terminal("chat", model, "--max-tokens", "900", "--temperature", "0", "--backend", "reference")
-    greeting = terminal.until("/help shows", "> ")
-    assert "greedy" in greeting and "qwen3" in greeting
-    terminal.type("Good morrow!\n")
-    terminal.until("Good morrow!\r\n", answer.splitlines()[0])
-    terminal.type("\x03")
-    terminal.until("stopped after", "> ")
-    terminal.type("/stats\n")
-    terminal.until("roofline", "> ")
-    terminal.type("\x04")
-    code, shown = terminal.end()
-    assert code == 0 and "Traceback" not in shown
-
-
-def test_control_c_at_the_prompt_ends() -> None:
-    terminal = Terminal("chat", "demo")
-    terminal.asked()
-    terminal.type("\x03")
-    code, shown = terminal.end()
-    assert code == INTERRUPTED and "Traceback" not in shown
-
-
-def test_a_model_without_a_template_cannot_chat(call: Call, tmp_path: Path) -> None:
-    model = tmp_path / "plain"
-    shutil.copytree(Path(finial.__file__).parent / "demo", model)
-    file = model / "tokenizer_config.json"
-    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "chat_template"}))
-    (model / "chat_template.jinja").unlink(missing_ok=True)
-    code, _, errors = call("chat", str(model))
-    assert code == MISTAKE and "no chat template" in errors and "finial run" in errors
-
-
-def test_a_conversation_over_the_context_is_an_error_that_says_so(call: Call) -> None:
-    code, _, errors = call("chat", "--max-context", "32", "--threads", "1", stdin="Good morrow to you. " * 20 + "\n")
-    assert code == MISTAKE and "context of 32" in errors
-
-
-# ---------------------------------------------------------------------------------------------- info and doctor
-
-
-def test_info_of_the_demo(call: Call) -> None:
-    code, text, errors = call("info")
-    assert code == 0 and errors == "" and "\x1b" not in text
-    for word in (
-        "qwen3",
-        "2.76 M parameters",
-        "bf16",
-        "KV cache",
-        "1,024 tokens",
-        "q4_0",
-        "as stored",
-        "as the model recommends",
-    ):
-        assert word in text
-
-
-def test_info_as_json(call: Call) -> None:
-    told = json.loads(call("info", "demo", "--json")[1])
-    assert told["config"]["architecture"] == "qwen3" and told["chat_template"]
-    assert told["kv_bytes_per_token"] == {"bf16": 2048, "f32": 4096, "q8_0": 1088}
-    sizes = {row["format"]: row["weight_bytes"] for row in told["formats"]}
-    with LLM("demo", format="q4_0") as small, LLM("demo", format="f32") as large:
-        assert sizes["q4_0"] == small.info.weight_bytes and sizes["f32"] == large.info.weight_bytes
-    assert sizes["bf16"] == told["weight_bytes"]
-
-
-def test_info_on_a_backend(call: Call) -> None:
-    """Also loads it; what a backend says of how it decodes is told (cuda does: tests/test_mega_program.py)."""
-    code, text, _ = call("info", "demo", "--backend", "reference")
-    assert code == 0 and "on reference" in text
-    loaded = json.loads(call("info", "demo", "--backend", "cpu", "--json")[1])["loaded"]
-    assert loaded["backend"] == "cpu" and loaded["notes"] == [] and loaded["load_s"] > 0
-
-
-def test_info_graph(call: Call) -> None:
-    _, text, _ = call("info", "--graph")
-    assert text.startswith("graph qwen3") and "attention" in text
-    from finial.graph import Graph
-
-    assert Graph.from_json(call("info", "--graph", "--json")[1]).text() == text
-
-
-def test_doctor(call: Call) -> None:
-    code, text, errors = call("doctor")
-    assert code == 0 and errors == "" and "\x1b" not in text
-    for word in (
-        "CPU",
-        "instructions",
-        "usable",
-        "read, 1 thread",
-        "GB/s",
-        "GPU",
-        "Vulkan",
-        "energy counters",
-        "optional parts",
-    ):
-        assert word in text
-    assert text.rstrip().split("\n")[-1].startswith("ready: the cpu backend runs with")
-
-
-def test_doctor_as_json(call: Call) -> None:
-    told = json.loads(call("doctor", "--json")[1])
-    assert told["ready"] is True and told["bandwidth"][0]["read_gb_s"] > 0 and told["cpu"]["usable_cores"] >= 1
-
-
-def test_doctor_without_the_native_module(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "finial._native", None)
-    code, text, _ = call("doctor")
-    assert (
-        code == 1
-        and "not ready" in text
-        and "pip install ." in text
-        and re.search(r"read, 1 thread +unavailable", text)
-    )
-
-
-def test_doctor_on_another_machine(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = machine.describe()
-    other = machine.Machine(
-        system=real.system,
-        cpu=real.cpu,
-        memory=machine.Memory(1 << 33, 1 << 32, 1 << 35, 1 << 33),
-        gpus=(machine.Gpu("NVIDIA", "NVIDIA H100", "nvidia 580.65.06", 80 << 30, "9.0", "13.0", "NVML"),),
-        vulkan=machine.Vulkan(True, ("nvidia",)),
-        energy=(
-            machine.Counter("RAPL package-0", None, "not permitted"),
-            machine.Counter("NVML 0 NVIDIA H100", 12.5, ""),
-        ),
-        extras=(
-            machine.Extra("cuda", ("cuda-core",), ("cuda-core",), 'pip install "finial[cuda]"'),
-            machine.Extra("convert", ("torch",), (), 'pip install "finial[convert]"'),
-        ),
-        native=real.native,
-        bandwidth=(machine.Bandwidth(1, 20.0, ""), machine.Bandwidth(2, None, "no memory")),
-    )
-    monkeypatch.setattr(machine, "describe", lambda bandwidth_s: other)
-    _, text, _ = call("doctor")
-    for words in (
-        r"NVIDIA +NVIDIA H100 +nvidia 580.65.06 · 85.9 GB · compute 9.0 · CUDA up to 13.0",
-        r"the control group's limit",
-        r"RAPL package-0 +unavailable +not permitted",
-        r"NVML 0 NVIDIA H100 +readable",
-        r'cuda +not installed +pip install "finial\[cuda\]"',
-        r"convert +installed +torch",
-        r"read, 2 threads +unavailable +no memory",
-        r"loader found +nvidia",
-    ):
-        assert re.search(words, text), words
 
 
 # ------------------------------------------------------------------------------------- pull, convert and synth

@@ -18,7 +18,7 @@ from finial.cli.run import load, write
 from finial.errors import FinialError, RequestError
 
 if TYPE_CHECKING:
-    from finial.engine.results import Completion
+    from finial.engine.results import Completion, Stream
     from finial.llm import LLM
 
 COMMANDS = {
@@ -143,18 +143,22 @@ class _Conversation:
         system = [{"role": "system", "content": self._system}] if self._system else []
         messages = [*self._messages, {"role": "user", "content": line}]
         interrupted = False
+        stream: Stream | None = None
         try:
             stream = self._llm.stream_chat([*system, *messages], **self._how)
-            try:
-                for piece in stream:
-                    write(piece.text)
-            except KeyboardInterrupt:
-                interrupted = True
+            for piece in stream:
+                write(piece.text)
+        except KeyboardInterrupt:
+            interrupted = True
         except FinialError as error:
             if not self._person:
                 raise
             console.print_error(error.what, f"{error.fix}, or /reset" if error.fix and self._messages else error.fix)
             return False
+        if stream is None:  # while the conversation was still becoming a prompt
+            write("\n")
+            console.note("stopped before the answer began")
+            return interrupted
         self._last = stream.completion
         answer = self._last.text
         write("\n" if answer.endswith("\n") or not self._person else "\n\n")
