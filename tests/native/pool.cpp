@@ -38,10 +38,10 @@ bool barriers_hold(Pool& pool) {
   pool.run([&](int thread) {
     for (int phase = 0; phase < 50; ++phase) {
       slots[static_cast<size_t>(thread)] = phase + thread;
-      pool.barrier();
+      pool.barrier(thread);
       for (size_t i = 0; i < threads; ++i)
         wrong[static_cast<size_t>(thread) * 16] += slots[i] != phase + static_cast<int>(i);
-      pool.barrier();
+      pool.barrier(thread);
     }
   });
   for (int count : wrong)

@@ -53,7 +53,7 @@ const uint8_t* Program::prepare(const Linears& p, const Step& step, int64_t rows
     }
     if (p.rounding != Rounding::None) kernels_->round(p.rounding, from, width, size, out + first * bytes);
   }
-  if (shared) pool_->barrier();
+  if (shared) pool_->barrier(thread);
   return out;
 }
 
@@ -171,7 +171,7 @@ void Program::wait(size_t at, const Step& step, int thread, Run& next) {
   }
   if (!code_[at].barrier) return;
   if (code_[at].op == Op::Linears || code_[at].op == Op::Attention) announce(code_[at], step, thread);
-  pool_->barrier(&next);
+  pool_->barrier(thread, &next);
 }
 
 // The beginning of a thread's share of the weights.

@@ -72,7 +72,7 @@ void Program::run(const std::vector<int64_t>& sizes, const std::vector<IntArray>
     }
     kernels_->rest();
     if (chosen != nullptr) {
-      pool_->barrier();
+      pool_->barrier(thread);
       look(step, *chosen, thread);
     }
   });

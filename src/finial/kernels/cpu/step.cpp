@@ -205,7 +205,7 @@ void Program::take_pages(const Step& step, int thread) {
       }
     }
   }
-  pool_->barrier();
+  pool_->barrier(thread);
 }
 
 }  // namespace finial

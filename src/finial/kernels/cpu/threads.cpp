@@ -64,15 +64,29 @@ constexpr auto SPIN_BETWEEN_JOBS = std::chrono::microseconds(500);
 }  // namespace
 
 struct Pool::Team {
+  struct alignas(64) Signal {
+    std::atomic<uint64_t> barrier{0};
+  };
+  struct alignas(64) Passed {
+    uint64_t barriers = 0;
+  };
+
   std::vector<std::thread> workers;
   const std::function<void(int)>* job = nullptr;
   std::atomic<bool> stop{false};
   std::mutex mutex;
   std::condition_variable wake;
   alignas(64) std::atomic<uint64_t> jobs{0};  // how many were given out
-  alignas(64) std::atomic<int> arrived{0};
-  alignas(64) std::atomic<uint64_t> phase{0};
   alignas(64) std::atomic<int> sleeping{0};
+  std::unique_ptr<Signal[]> signals;  // [threads, rounds]: the last barrier at which another thread called this one
+  std::unique_ptr<Passed[]> passed;   // [threads]
+  int rounds = 0;
+
+  explicit Team(int threads) {
+    while (1 << rounds < threads) ++rounds;
+    signals = std::make_unique<Signal[]>(static_cast<size_t>(threads * rounds));
+    passed = std::make_unique<Passed[]>(static_cast<size_t>(threads));
+  }
 
   void wait_for_job(uint64_t seen) {
     const auto until = std::chrono::steady_clock::now() + SPIN_BETWEEN_JOBS;
@@ -103,7 +117,7 @@ Pool::Pool(int threads) : threads_(threads > 0 ? threads : topology().physical) 
 void Pool::start() {
   if (team_ && process_ == process_id()) return;
   (void)team_.release();  // of the parent process: its threads are not in this one, so nothing of it may be touched
-  team_ = std::make_unique<Team>();
+  team_ = std::make_unique<Team>(threads_);
   process_ = process_id();
   Team* team = team_.get();
   const std::vector<int> cpus = topology().cpus;
@@ -117,7 +131,7 @@ void Pool::start() {
           team->wait_for_job(seen);
           if (team->stop.load()) return;
           (*team->job)(index);
-          barrier();
+          barrier(index);
         }
       });
     }
@@ -151,25 +165,28 @@ void Pool::run(const std::function<void(int)>& job) {
   start();
   team_->give(&job);
   job(0);
-  barrier();
+  barrier(0);
 }
 
-void Pool::barrier(Run* next) {
+// In round r every thread calls the one 2^r further on and waits for its own call, so that after the last round each
+// has heard, through others, of all (Hensgen, Finkel and Manber, "Two algorithms for barrier synchronization", 1988). A
+// call is one line that goes from one core to another; a counter would go from core to core for each that arrives.
+void Pool::barrier(int thread, Run* next) {
   if (threads_ == 1) return;
   Team& team = *team_;
-  const uint64_t phase = team.phase.load(std::memory_order_acquire);
-  if (team.arrived.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
-    team.arrived.store(0, std::memory_order_relaxed);
-    team.phase.store(phase + 1, std::memory_order_release);
-    return;
-  }
-  for (int spins = 0; team.phase.load(std::memory_order_acquire) == phase; ++spins) {
-    if (next != nullptr && next->begin < next->end)
-      fetch(*next);
-    else if (spins < SPINS_BEFORE_YIELD)
-      relax();
-    else
-      std::this_thread::yield();
+  const uint64_t number = ++team.passed[static_cast<size_t>(thread)].barriers;
+  for (int round = 0; round < team.rounds; ++round) {
+    const int other = (thread + (1 << round)) % threads_;
+    team.signals[static_cast<size_t>(other * team.rounds + round)].barrier.store(number, std::memory_order_release);
+    const std::atomic<uint64_t>& own = team.signals[static_cast<size_t>(thread * team.rounds + round)].barrier;
+    for (int spins = 0; own.load(std::memory_order_acquire) < number; ++spins) {
+      if (next != nullptr && next->begin < next->end)
+        fetch(*next);
+      else if (spins < SPINS_BEFORE_YIELD)
+        relax();
+      else
+        std::this_thread::yield();
+    }
   }
 }
 

@@ -34,9 +34,9 @@ class Pool {
   // not throw. Throws std::system_error when the threads cannot be started.
   void run(const std::function<void(int)>& job);
 
-  // Inside a job: no thread passes before all have arrived, and what was written before is visible after. Who waits
-  // meanwhile asks for what it will read next.
-  void barrier(Run* next = nullptr);
+  // Inside a job, on thread `thread`: none passes before all have arrived, and what was written before is visible
+  // after. Who waits meanwhile asks for what it will read next.
+  void barrier(int thread, Run* next = nullptr);
 
  private:
   struct Team;
