@@ -1,6 +1,6 @@
 // Who computes which part of a step's attention: rows in tiles, tiles times kv heads, and these by chunks of positions
 // where whole ones would leave threads idle. Head after head, so that a thread that begins with its own part of the
-// list has heads of its own: those whose queries, keys and values it makes.
+// list has heads of its own: those whose keys and values it writes.
 //
 // Integers only. A plan depends on the thread count and on the batch; results do not, because every chunk is computed
 // by itself and merged in ascending order wherever it was computed (see attention.cpp).

@@ -127,19 +127,15 @@ void Program::multiply_many(const Instruction& i, const Step& step, int thread) 
   }
 }
 
-// Units [begin, end) of a thread's share of products of few rows, its parts of all members one after the other.
+// Units [begin, end) of products of few rows, counted over all members.
 void Program::multiply_units(const Linears& p, const Step& step, const uint8_t* x, int64_t begin, int64_t end,
                              uint8_t* scratch) {
   const auto at = [&](int buffer) { return buffer < 0 ? nullptr : step.buffers[static_cast<size_t>(buffer)]; };
   const int64_t rows = step.rows(buffers_[static_cast<size_t>(p.x)]);
-  size_t of = 0;  // whose share
-  while (begin >= p.edges[of + 1]) ++of;
-  begin -= p.edges[of], end -= p.edges[of];
   for (const Linears::Member& m : p.members) {
     const finial::Linear& l = weights_[static_cast<size_t>(m.weight)];
-    const int64_t edge = m.edges[of], count = m.edges[of + 1] - edge;
-    const int64_t from = edge + std::max<int64_t>(begin, 0), to = edge + std::min(end, count);
-    begin -= count, end -= count;
+    const int64_t from = std::max<int64_t>(begin, 0), to = std::min(end, m.units);
+    begin -= m.units, end -= m.units;
     if (from >= to) continue;
     const float* add = at(m.add);
     if (p.rounding != Rounding::None) {
@@ -176,12 +172,14 @@ void Program::wait(size_t at, const Step& step, int thread, Run& next) {
 
 // The beginning of a thread's share of the weights.
 Run Program::share_of(const Linears& p, int thread) const {
+  int64_t begin = p.edges[static_cast<size_t>(thread)], end = p.edges[static_cast<size_t>(thread) + 1];
   for (const Linears::Member& m : p.members) {
-    const int64_t begin = m.edges[static_cast<size_t>(thread)], end = m.edges[static_cast<size_t>(thread) + 1];
-    if (begin == end) continue;
-    const finial::Linear& l = weights_[static_cast<size_t>(m.weight)];
-    const uint8_t* from = l.packed != nullptr ? l.packed + begin * l.stride : l.weight + begin * m.unit;
-    return {from, from + std::min(AHEAD, (end - begin) * m.unit)};
+    if (begin < m.units && begin < end) {
+      const finial::Linear& l = weights_[static_cast<size_t>(m.weight)];
+      const uint8_t* from = l.packed != nullptr ? l.packed + begin * l.stride : l.weight + begin * m.unit;
+      return {from, from + std::min(AHEAD, (std::min(end, m.units) - begin) * m.unit)};
+    }
+    begin -= m.units, end -= m.units;
   }
   return {nullptr, nullptr};
 }

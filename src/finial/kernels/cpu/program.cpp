@@ -305,27 +305,27 @@ void Program::linears(int x, const float* norm, int64_t norm_width, float eps, s
   push(i, reads, writes);
 }
 
-// The units in which the shares of threads begin: equal parts of the bytes of every member, and of all together, so
-// that a thread makes the same heads of queries, keys and values.
+// The units in which the shares of threads begin: equal parts of the bytes.
 void Program::share_out(Linears& p) const {
-  const size_t threads = static_cast<size_t>(pool_->threads());
+  const int threads = pool_->threads();
   const bool packed = p.rounding != Rounding::None;
   const auto matrix = [&](int index) -> const finial::Linear& { return weights_[static_cast<size_t>(index)]; };
-  p.edges.assign(threads + 1, 0);
-  std::vector<int64_t> owed(threads + 1, 0);  // bytes before each edge that rounding to units has left to others
+  int64_t total = 0, before = 0;
   for (Linears::Member& m : p.members) {
     const finial::Linear& l = matrix(m.weight);
     m.units = packed ? panels(l) : (l.n_out + LINE - 1) / LINE;
     m.unit = packed ? panel_bytes(l.format, l.n_in) : LINE * l.row_bytes;
     if (m.second >= 0) m.unit += panel_bytes(matrix(m.second).format, l.n_in);
-    m.edges.assign(threads + 1, 0);
-    for (size_t t = 1; t <= threads; ++t) {
-      const int64_t n = static_cast<int64_t>(t), all = static_cast<int64_t>(threads);
-      owed[t] += m.units * m.unit / all * n + m.units * m.unit % all * n / all;
-      m.edges[t] = t == threads ? m.units : std::clamp((owed[t] + m.unit / 2) / m.unit, m.edges[t - 1], m.units);
-      owed[t] -= m.edges[t] * m.unit;
-      p.edges[t] += m.edges[t];
+    total += m.units * m.unit;
+  }
+  p.edges.assign(static_cast<size_t>(threads) + 1, 0);
+  for (const Linears::Member& m : p.members) {
+    for (int t = 1; t <= threads; ++t) {
+      const int64_t byte = total / threads * t + total % threads * t / threads;
+      p.edges[static_cast<size_t>(t)] +=
+          t == threads ? m.units : std::clamp<int64_t>((byte - before + m.unit / 2) / m.unit, 0, m.units);
     }
+    before += m.units * m.unit;
   }
   require(p.edges.back() < MOST_UNITS, "linear: too many outputs");
 }

@@ -68,14 +68,13 @@ struct Linears {
   struct Member {
     int out, weight, second = -1, add = -1;  // second: the output is silu(weight's) * second's; add: a buffer
     int64_t units = 0, unit = 0;             // panels, or lines of outputs, and the bytes of one
-    std::vector<int64_t> edges = {};         // [threads + 1]: in which unit a thread's share begins
   };
   int x;
   const float* norm;  // [width of x] or null
   float eps;
   Rounding rounding;
   std::vector<Member> members;
-  std::vector<int64_t> edges;  // [threads + 1]: where a thread's share begins, counting shares of all members together
+  std::vector<int64_t> edges;  // [threads + 1]: in which unit, counted over all members, a thread's share begins
 };
 constexpr int64_t MOST_UNITS = int64_t{1} << 24;
 constexpr int64_t LINE = 16;  // floats in a cache line: shares end on these, so that no line has two writers

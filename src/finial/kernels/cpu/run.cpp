@@ -165,8 +165,8 @@ std::vector<Timing> Program::timings() {
   return timings_;
 }
 
-// Gives f the ranges of items, `count` to a row, that a thread takes: of few rows the same items of each, which are the
-// heads that it makes itself, else all items of its own rows.
+// Gives f the ranges of items, `count` to a row, that a thread takes: of few rows the same heads of each, as attention
+// shares them out, so that a core reads keys and values that it wrote itself; else all items of its own rows.
 template <class F>
 void Program::each_part(int64_t rows, int64_t count, int thread, F f) const {
   const int threads = pool_->threads();
