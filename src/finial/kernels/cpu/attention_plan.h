@@ -1,6 +1,6 @@
 // Who computes which part of a step's attention: rows in tiles, tiles times kv heads, and these by chunks of positions
-// where whole ones would leave threads idle. Head after head, so that a thread that begins with its own part of the
-// list has heads of its own: those whose keys and values it writes.
+// where whole ones would leave threads idle. Sequence after sequence and head after head, as rows of heads lie: a
+// thread that begins with its own part of the list reads the keys and values that it has just written.
 //
 // Integers only. A plan depends on the thread count and on the batch; results do not, because every chunk is computed
 // by itself and merged in ascending order wherever it was computed (see attention.cpp).
@@ -45,6 +45,7 @@ class AttentionPlan {
  private:
   std::vector<Share> pieces_, wholes_;
   std::vector<AttentionPiece> tiles_;
+  std::vector<size_t> ends_;  // [sequences]: one past its last tile
   std::vector<int64_t> parts_;
   std::unique_ptr<std::atomic<int64_t>[]> left_;
   size_t left_size_ = 0;

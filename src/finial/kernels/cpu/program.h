@@ -257,8 +257,6 @@ class Program {
   bool begins_page(const Step& step) const;
   void take_pages(const Step& step, int thread);
   void wait(size_t at, const Step& step, int thread, Run& next);
-  template <class F>
-  void each_part(int64_t rows, int64_t count, int thread, F f) const;
   void execute(const Instruction& i, const Step& step, int thread);
   const Buffer& output_buffer(int output) const;
   float* own_output(const Step& step, const Buffer& b);

@@ -165,16 +165,6 @@ std::vector<Timing> Program::timings() {
   return timings_;
 }
 
-// Gives f the ranges of items, `count` to a row, that a thread takes: of few rows the same heads of each, as attention
-// shares them out, so that a core reads keys and values that it wrote itself; else all items of its own rows.
-template <class F>
-void Program::each_part(int64_t rows, int64_t count, int thread, F f) const {
-  const int threads = pool_->threads();
-  if (rows > kernels_->blocking.tile || count < threads) return f(share(rows * count, thread, threads));
-  const Range part = share(count, thread, threads);
-  for (int64_t row = 0; row < rows; ++row) f({row * count + part.begin, row * count + part.end});
-}
-
 void Program::execute(const Instruction& i, const Step& step, int thread) {
   const int threads = pool_->threads();
   const auto at = [&](int buffer) { return step.buffers[static_cast<size_t>(buffer)]; };
@@ -215,42 +205,42 @@ void Program::execute(const Instruction& i, const Step& step, int thread) {
         multiply_few(i, step, thread);
     } break;
     case Op::RmsNorm: {
-      each_part(step.rows(spec(i.out)), spec(i.out).width / i.width, thread, [&](Range part) {
-        for (int64_t g = part.begin; g < part.end; ++g)
-          kernels_->rms_norm(at(i.a) + g * i.width, i.vector, at(i.out) + g * i.width, i.width, i.number);
-      });
+      const Range part = share(step.rows(spec(i.out)) * (spec(i.out).width / i.width), thread, threads);
+      for (int64_t g = part.begin; g < part.end; ++g)
+        kernels_->rms_norm(at(i.a) + g * i.width, i.vector, at(i.out) + g * i.width, i.width, i.number);
       break;
     }
     case Op::Rope: {
       const int64_t rows = step.rows(spec(i.out)), heads = spec(i.out).width / i.width, half = i.width / 2;
       const float* cos = step.tables[static_cast<size_t>(i.table)];
       const float* sin = cos + rows * half;
-      each_part(rows, heads, thread, [&](Range part) {
-        for (int64_t h = part.begin; h < part.end; ++h) {
-          const float* x = at(i.a) + h * i.width;
-          float* y = at(i.out) + h * i.width;
-          if (i.vector != nullptr) {
-            kernels_->rms_norm(x, i.vector, y, i.width, i.number);
-            x = y;
-          }
-          kernels_->rope(x, cos + h / heads * half, sin + h / heads * half, y, i.width);
+      const Range part = share(rows * heads, thread, threads);
+      for (int64_t h = part.begin; h < part.end; ++h) {
+        const float* x = at(i.a) + h * i.width;
+        float* y = at(i.out) + h * i.width;
+        if (i.vector != nullptr) {
+          kernels_->rms_norm(x, i.vector, y, i.width, i.number);
+          x = y;
         }
-      });
+        kernels_->rope(x, cos + h / heads * half, sin + h / heads * half, y, i.width);
+      }
       break;
     }
     case Op::CacheWrite: {
       const Cache cache = step.state.cache(i.cache);
+      const Range part = share(step.rows(spec(i.a)) * cache.kv_heads, thread, threads);
       const int32_t* slots = step.input(i.ints[0]).data;
-      each_part(step.rows(spec(i.a)), cache.kv_heads, thread, [&](Range part) {
-        if (cache.blocked) return kernels_->store_blocked(cache, at(i.a), at(i.b), slots, part.begin, part.end);
-        for (int64_t h = part.begin; h < part.end; ++h) {
-          const int64_t slot = slots[h / cache.kv_heads], page = slot / cache.page_size, head = h % cache.kv_heads;
-          const int64_t offset = slot % cache.page_size * cache.row_bytes();
-          uint8_t *keys = cache.keys(page, head), *values = cache.values(page, head);
-          kernels_->store(cache.type, at(i.a) + h * cache.head_dim, keys + offset, cache.head_dim);
-          kernels_->store(cache.type, at(i.b) + h * cache.head_dim, values + offset, cache.head_dim);
-        }
-      });
+      if (cache.blocked) {
+        kernels_->store_blocked(cache, at(i.a), at(i.b), slots, part.begin, part.end);
+        break;
+      }
+      for (int64_t h = part.begin; h < part.end; ++h) {
+        const int64_t slot = slots[h / cache.kv_heads], page = slot / cache.page_size, head = h % cache.kv_heads;
+        const int64_t offset = slot % cache.page_size * cache.row_bytes();
+        uint8_t *keys = cache.keys(page, head), *values = cache.values(page, head);
+        kernels_->store(cache.type, at(i.a) + h * cache.head_dim, keys + offset, cache.head_dim);
+        kernels_->store(cache.type, at(i.b) + h * cache.head_dim, values + offset, cache.head_dim);
+      }
       break;
     }
     case Op::Attention: {
