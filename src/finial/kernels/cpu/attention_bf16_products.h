@@ -29,7 +29,8 @@ void dots(const uint8_t* FINIAL_RESTRICT keys, const uint32_t* FINIAL_RESTRICT q
 #pragma GCC unroll 4
   for (int64_t i = 0; i < pairs; ++i, keys += CACHE_BLOCK * 4, q += M, next += CACHE_BLOCK * 4) {
     I key[KEYS];
-    if (FETCH) prefetch(next), prefetch(next + 64);
+    if (FETCH && M >= WIDE_FROM) prefetch(next), prefetch(next + 64);
+    if (FETCH && M < WIDE_FROM) prefetch_near(next), prefetch_near(next + 64);
     if (M >= WIDE_FROM) prefetch_near(keys + AHEAD), prefetch_near(keys + AHEAD + 64);
     for (int k = 0; k < KEYS; ++k) key[k] = load_i(keys + k * W * 4);
     for (int m = 0; m < M; ++m) {
@@ -65,7 +66,7 @@ void mix(const float* weights, const Values& values, int64_t from, int64_t to, i
     const uint8_t* next = FETCH ? value + (values.blocks[from / PAIRS + 1] - values.blocks[from / PAIRS]) : value;
     for (; from < end; ++from, value += values.width * 4, next += values.width * 4) {
       if (FETCH)
-        for (int v = 0; v < N; ++v) prefetch(next + v * W * 4);
+        for (int v = 0; v < N; ++v) prefetch_near(next + v * W * 4);
       if constexpr (M > N) {
         I pairs[N];
         for (int v = 0; v < N; ++v) pairs[v] = load_i(value + v * W * 4);
@@ -160,14 +161,10 @@ void mix_pairs(const float* weights, const Values& values, int64_t count, int64_
   if (count >= WIDE_FROM) return mix_all(weights, values, count, from, to, out, stride, false, nullptr);
   const int64_t turns = (count + FEW - 1) / FEW;
   for (int64_t end; from < to; from = end) {
-    const int64_t block = from / PAIRS;
-    const bool far = fetch && apart(values.blocks, block, values.width / 2);
-    end = least(to, (block + 1) * PAIRS);
-    if (turns == 1 && vectors <= SLICE && !far)
-      while (end < to && !(fetch && apart(values.blocks, end / PAIRS, values.width / 2))) end = least(to, end + PAIRS);
+    end = turns == 1 && vectors <= SLICE ? to : least(to, (from / PAIRS + 1) * PAIRS);
     for (int64_t turn = 0; turn < turns; ++turn) {
       const int64_t m = count * turn / turns, size = count * (turn + 1) / turns - m;
-      const Mix* few = far && turn == 0 ? NARROW<true>[size - 1] : NARROW<false>[size - 1];
+      const Mix* few = fetch && turn == 0 ? NARROW<true>[size - 1] : NARROW<false>[size - 1];
       for (int64_t v = 0; v < vectors; v += SLICE)
         few[least(SLICE, vectors - v) - 1](weights + m * LINE, values, from, end, v * W, out + m * stride, stride);
     }

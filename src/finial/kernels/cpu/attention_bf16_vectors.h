@@ -42,15 +42,16 @@ void round_queries(const Attention& a, const AttentionPiece& piece, const Tile& 
     }
 }
 
-// The scores of a chunk's keys for a tile. The first of many asks meanwhile for the values, which all will read.
+// The scores of a chunk's keys for a tile. The first of many asks meanwhile for the values, which all will read; few
+// ask for what they read next.
 void score(const Room& room, const Tile& tile, bool first) {
   const int64_t count = tile.end - tile.begin;
   int64_t from = ATTENTION_CHUNK, to = 0;
   for (int64_t j = tile.begin; j < tile.end; ++j)
     if (room.spans[j].to > 0) from = least(from, room.spans[j].from), to = most(to, room.spans[j].to);
   for (int64_t b = from / CACHE_BLOCK; b * CACHE_BLOCK < to; ++b) {
-    const bool wide = count >= WIDE_FROM, fetch = first && (wide || apart(room.keys, b, room.pairs));
-    (fetch ? DOTS<true> : DOTS<false>)[count](room.keys[b], room.q + tile.begin* room.pairs, room.pairs,
+    const bool wide = count >= WIDE_FROM;
+    (first ? DOTS<true> : DOTS<false>)[count](room.keys[b], room.q + tile.begin* room.pairs, room.pairs,
                                               room.scores + tile.begin* LINE + b* CACHE_BLOCK,
                                               wide ? room.values[b] : room.keys[b + 1]);
   }
