@@ -5,6 +5,7 @@ what follows a product alone is done while its result is at hand: an addition, o
 No result changes by it.  Knows the graph and which products take their input alike; no buffers and no kernels.
 
     for item in plan(graph, kind_of): ...      # Node or Products, in an order that can be run
+    normed_ropes(graph, items)                 # heads turned as they are normalised; cuda does more in its own plan.py
 """
 
 from __future__ import annotations
