@@ -43,7 +43,7 @@ CHOSEN = [
     for index, case in enumerate(CASES)
     if runs(CudaBackend, case)
     and not case.name.startswith("attention")
-    and (index % 3 == 0 or "q8_0" in case.name or "q4_0" in case.name)
+    and (index % 3 == 0 or "q8_0" in case.name or "q4_0" in case.name or "silu" in case.name)
 ] + [case for index, case in enumerate(c for c in CASES if c.name.startswith("attention")) if index % 4 == 0]
 
 

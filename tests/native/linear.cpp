@@ -198,7 +198,7 @@ void test_linear(Report& report, const Kernels* kernels) {
   for (Format format : {Format::F32, Format::BF16, Format::Q8_0, Format::Q4_0, Format::Q4_K, Format::Q6_K})
     for (int64_t rows : {1, 13, 33}) test_fused(report, kernels, format, rows, rows == 13 ? 1 : 3);
   for (Format format : {Format::BF16, Format::Q8_0, Format::Q4_0, Format::Q4_K})
-    for (int64_t rows : {5, 17, 61, 200}) test_kept_rounded(report, kernels, format, rows, rows == 17 ? 1 : 3);
+    for (int64_t rows : {1, 5, 12, 17, 61, 200}) test_kept_rounded(report, kernels, format, rows, rows == 17 ? 1 : 3);
   for (Format format : {Format::BF16, Format::Q8_0, Format::Q4_0}) {
     test_fused(report, kernels, format, 61, 2);
     if (format != Format::BF16) test_unusual(report, kernels, format);

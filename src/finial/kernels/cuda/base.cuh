@@ -346,3 +346,12 @@ FINIAL_DEVICE float bf16_low(u32 pair) { return ptx::as_float(pair << 16); }
 FINIAL_DEVICE float bf16_high(u32 pair) { return ptx::as_float(pair & 0xffff0000u); }
 FINIAL_DEVICE float from_bf16(u16 bits) { return ptx::as_float((u32)bits << 16); }
 FINIAL_DEVICE u16 to_bf16(float x) { return (u16)ptx::pack_bf16(x, 0.0f); }
+
+// silu(x) = x / (1 + e^-x). e^-x is 2^t of t = -x log2(e), whose rounding, up to 2^-24 |t|, would be an error of the
+// result as large: what it lost, and what log2(e) lost as a float, is put back. An e^-x of infinity or 0 stays so.
+FINIAL_DEVICE float silu(float x) {
+  constexpr float LOG2_E = 1.4426950408889634f, REST = 1.9259630e-8f, LN_2 = 0.6931471805599453f;
+  const float near = x > 128.0f ? 128.0f : x < -128.0f ? -128.0f : x;
+  const float lost = fmaf(-LOG2_E, near, LOG2_E * near) - REST * near;
+  return x / (1.0f + ptx::exp2_fast(-LOG2_E * x) * (1.0f + LN_2 * lost));
+}

@@ -186,7 +186,7 @@ struct Gemm {
         if (C::BIAS) v[e] += a.bias[column + e];
       }
       if (C::GATED) {
-        put(a, row, column / 2, v[0] / (1.0f + ptx::exp2_fast(-1.4426950408889634f * v[0])) * v[1]);
+        put(a, row, column / 2, silu(v[0]) * v[1]);
       } else {
         put(a, row, column, v[0]);
         if (column + 1 < C::OUT) put(a, row, column + 1, v[1]);

@@ -165,7 +165,7 @@ struct Matvec {
     bool writes = (lane & ((1 << SHIFT) - 1)) == 0 && o < C::OUT;
     if (C::GATED) {
       const float up = ptx::shuffle_xor(v, 1 << SHIFT);
-      v = v / (1.0f + ptx::exp2_fast(-1.4426950408889634f * v)) * up;
+      v = silu(v) * up;
       column = o / 2;
       writes = writes && o % 2 == 0;
     }

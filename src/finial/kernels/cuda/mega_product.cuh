@@ -298,7 +298,7 @@ struct Product : Parts<C> {
   FINIAL_DEVICE static void finish(const MegaArgs& a, const Memory& m, const Entry& entry, const Source& s, int b,
                                    int row, const float v[2], u64& best) {
     if (entry.kind == GATE_UP || (C::MLP && entry.kind == MLP_UP)) {
-      float act = v[0] / (1.0f + ptx::exp2_fast(-1.4426950408889634f * v[0])) * v[1];
+      float act = silu(v[0]) * v[1];
       if (!C::MLP) {
         a.act[b * C::F + row / 2] = act;
       } else {  // the block's own neurons, as terms

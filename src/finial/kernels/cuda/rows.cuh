@@ -138,7 +138,7 @@ FINIAL_DEVICE void pointwise(const PointwiseArgs& p) {
     float v = ptx::load_shared_by_all(p.a + (u64)from * p.a_stride + i);
     const float other = C::OP == 2 ? 0.0f : ptx::load_shared_by_all(p.b + (u64)row * p.b_stride + i);
     if (C::OP == 0) v += other;
-    if (C::OP == 1) v = v / (1.0f + ptx::exp2_fast(-1.4426950408889634f * v)) * other;
+    if (C::OP == 1) v = silu(v) * other;
     p.out[(u64)row * p.out_stride + i] = v;
   }
 }
