@@ -466,6 +466,7 @@ def test_profile() -> None:
         assert np.array_equal(bits(program.run(step, state)[0]), bits(quiet))
     rows = {row.what: row for row in program.timings()}
     assert rows["embed"].calls == 3 and rows["attention"].calls == 9
+    assert rows["norm + rope"].calls == 18 and "norm" not in rows and "rope" not in rows  # of queries and of keys
     head = next(row for what, row in rows.items() if what.endswith("> 96"))
     assert head.bytes == 3 * weights["model.embed_tokens.weight"].nbytes and head.seconds > 0 <= head.waiting
     program.profile(False)

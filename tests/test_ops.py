@@ -149,17 +149,17 @@ def rms_norm(rows: int, width: int, group: int, scale: float = 1.0) -> Case:
 
 def rope(rows: int, heads: int, head_dim: int, first: int, scale: float = 1.0, normed: bool = False) -> Case:
     graph = Graph("rope")
-    heads_of = graph.input("x", ("T", heads * head_dim))
+    source = graph.input("x", ("T", heads * head_dim))
     x = normal((rows, heads * head_dim), 9)
     frequencies = (10_000.0 ** -(np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     weights, largest, before = {"f": Tensor.from_array(frequencies)}, np.abs(x).max(), 0.0
     if normed:
-        heads_of = graph.apply("rms_norm", heads_of, graph.weight("w", (head_dim,)), eps=1e-6)
+        source = graph.apply("rms_norm", source, graph.weight("w", (head_dim,)), eps=1e-6)
         weights["w"] = Tensor.from_array(normal((head_dim,), 8))
         largest = np.sqrt(head_dim) * np.abs(weights["w"].decode()).max()  # what a norm leaves of one that is alone
         before = gamma(head_dim) + 10 * U  # rms_norm's, of both elements that a turn takes
     inputs = (graph.input("positions", ("T",), "i32"), graph.weight("f", (head_dim // 2,)))
-    graph.output(graph.apply("rope", heads_of, *inputs, head_dim=head_dim, scale=scale))
+    graph.output(graph.apply("rope", source, *inputs, head_dim=head_dim, scale=scale))
     feeds = {"x": x, "positions": np.arange(first, first + rows, dtype=np.int32)}
     # The angle is one float32 product on both sides; cos and sin of it are good to 2 ulp, then 3 roundings.
     return Case(

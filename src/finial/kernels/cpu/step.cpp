@@ -110,7 +110,9 @@ void Program::reserve(Step& step) {
     shares_[i].build(step.input(m.positions).data, starts.data, starts.shape[0] - 1, p.window, p.group,
                      p.cache.kv_heads, kernels_->attention_partial(p.cache.type, p.cache.head_dim), pool_->threads(),
                      kernels_->attention_queries(p.cache.type));
-    if (shares_[i].pieces() >= MOST_UNITS) reject("a step of so many rows has too many pieces of attention");
+    if (shares_[i].pieces() >= MOST_UNITS)
+      reject("a step has " + std::to_string(shares_[i].pieces()) + " pieces of attention, expected fewer than " +
+             std::to_string(MOST_UNITS) + ": give it fewer rows");
     partials = shares_[i].partial_floats() > partials ? shares_[i].partial_floats() : partials;
   }
   if (partials_.size() < static_cast<size_t>(partials) * sizeof(float)) {
