@@ -18,9 +18,19 @@ constexpr int FEW = 3, SLICE = 8;      // queries, and vectors of values, that m
 constexpr int WIDE_FROM = 9;
 constexpr int64_t AHEAD = 2048;
 FINIAL_INLINE void prefetch_near(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
+template <Ask ASK>
+FINIAL_INLINE void ask(const uint8_t* p) {
+  if (ASK == Ask::Near) prefetch_near(p);
+  if (ASK == Ask::Far) prefetch(p);
+}
+
+// How few queries ask for what they read after block b.
+Ask asks_after(const uint8_t* const* blocks, int64_t b, int64_t row) {
+  return ASKING.always ? ASKING.how : apart(blocks, b, row) ? Ask::Far : Ask::Nothing;
+}
 
 // scores[m][k] = q[m] . keys[k] for M queries and a block of keys; q [pairs][M][2]. `next`: what is read later.
-template <int M, bool FETCH>
+template <int M, Ask ASK>
 void dots(const uint8_t* FINIAL_RESTRICT keys, const uint32_t* FINIAL_RESTRICT q, int64_t pairs,
           float* FINIAL_RESTRICT scores, const uint8_t* FINIAL_RESTRICT next) {
   V acc[M][KEYS];
@@ -29,8 +39,7 @@ void dots(const uint8_t* FINIAL_RESTRICT keys, const uint32_t* FINIAL_RESTRICT q
 #pragma GCC unroll 4
   for (int64_t i = 0; i < pairs; ++i, keys += CACHE_BLOCK * 4, q += M, next += CACHE_BLOCK * 4) {
     I key[KEYS];
-    if (FETCH && M >= WIDE_FROM) prefetch(next), prefetch(next + 64);
-    if (FETCH && M < WIDE_FROM) prefetch_near(next), prefetch_near(next + 64);
+    ask<ASK>(next), ask<ASK>(next + 64);
     if (M >= WIDE_FROM) prefetch_near(keys + AHEAD), prefetch_near(keys + AHEAD + 64);
     for (int k = 0; k < KEYS; ++k) key[k] = load_i(keys + k * W * 4);
     for (int m = 0; m < M; ++m) {
@@ -43,10 +52,13 @@ void dots(const uint8_t* FINIAL_RESTRICT keys, const uint32_t* FINIAL_RESTRICT q
 }
 
 using Dots = void (*)(const uint8_t*, const uint32_t*, int64_t, float*, const uint8_t*);
-template <bool FETCH>
-constexpr Dots DOTS[MOST + 1] = {nullptr,         dots<1, FETCH>,  dots<2, FETCH>, dots<3, FETCH>, dots<4, FETCH>,
-                                 dots<5, FETCH>,  dots<6, FETCH>,  dots<7, FETCH>, dots<8, FETCH>, dots<9, FETCH>,
-                                 dots<10, FETCH>, dots<11, FETCH>, dots<12, FETCH>};
+template <Ask ASK>
+constexpr Dots DOTS[MOST + 1] = {nullptr,       dots<1, ASK>,  dots<2, ASK>, dots<3, ASK>, dots<4, ASK>,
+                                 dots<5, ASK>,  dots<6, ASK>,  dots<7, ASK>, dots<8, ASK>, dots<9, ASK>,
+                                 dots<10, ASK>, dots<11, ASK>, dots<12, ASK>};
+const Dots* dots_for(Ask ask) {
+  return ask == Ask::Near ? DOTS<Ask::Near> : ask == Ask::Far ? DOTS<Ask::Far> : DOTS<Ask::Nothing>;
+}
 
 // A chunk's values: [BLOCKS] of [pairs of positions][width][2].
 struct Values {
@@ -55,7 +67,7 @@ struct Values {
 };
 
 // out[m] += sum over pairs i in [from, to) of weights[m][i] . values[i], for M queries and N vectors from element d.
-template <int M, int N, bool FETCH>
+template <int M, int N, Ask ASK>
 void mix(const float* weights, const Values& values, int64_t from, int64_t to, int64_t d, float* out, int64_t stride) {
   V acc[M][N];
   for (int m = 0; m < M; ++m)
@@ -63,10 +75,10 @@ void mix(const float* weights, const Values& values, int64_t from, int64_t to, i
   while (from < to) {
     const uint8_t* value = values.blocks[from / PAIRS] + (from % PAIRS * values.width + d) * 4;
     const int64_t end = least(to, (from / PAIRS + 1) * PAIRS);
-    const uint8_t* next = FETCH ? value + (values.blocks[from / PAIRS + 1] - values.blocks[from / PAIRS]) : value;
+    const uint8_t* next =
+        ASK != Ask::Nothing ? value + (values.blocks[from / PAIRS + 1] - values.blocks[from / PAIRS]) : value;
     for (; from < end; ++from, value += values.width * 4, next += values.width * 4) {
-      if (FETCH)
-        for (int v = 0; v < N; ++v) prefetch_near(next + v * W * 4);
+      for (int v = 0; v < N; ++v) ask<ASK>(next + v * W * 4);
       if constexpr (M > N) {
         I pairs[N];
         for (int v = 0; v < N; ++v) pairs[v] = load_i(value + v * W * 4);
@@ -89,13 +101,17 @@ void mix(const float* weights, const Values& values, int64_t from, int64_t to, i
 }
 
 using Mix = void (*)(const float*, const Values&, int64_t, int64_t, int64_t, float*, int64_t);
-template <bool FETCH>
-constexpr Mix NARROW[FEW][SLICE] = {{mix<1, 1, FETCH>, mix<1, 2, FETCH>, mix<1, 3, FETCH>, mix<1, 4, FETCH>,
-                                     mix<1, 5, FETCH>, mix<1, 6, FETCH>, mix<1, 7, FETCH>, mix<1, 8, FETCH>},
-                                    {mix<2, 1, FETCH>, mix<2, 2, FETCH>, mix<2, 3, FETCH>, mix<2, 4, FETCH>,
-                                     mix<2, 5, FETCH>, mix<2, 6, FETCH>, mix<2, 7, FETCH>, mix<2, 8, FETCH>},
-                                    {mix<3, 1, FETCH>, mix<3, 2, FETCH>, mix<3, 3, FETCH>, mix<3, 4, FETCH>,
-                                     mix<3, 5, FETCH>, mix<3, 6, FETCH>, mix<3, 7, FETCH>, mix<3, 8, FETCH>}};
+template <Ask ASK>
+constexpr Mix NARROW[FEW][SLICE] = {{mix<1, 1, ASK>, mix<1, 2, ASK>, mix<1, 3, ASK>, mix<1, 4, ASK>, mix<1, 5, ASK>,
+                                     mix<1, 6, ASK>, mix<1, 7, ASK>, mix<1, 8, ASK>},
+                                    {mix<2, 1, ASK>, mix<2, 2, ASK>, mix<2, 3, ASK>, mix<2, 4, ASK>, mix<2, 5, ASK>,
+                                     mix<2, 6, ASK>, mix<2, 7, ASK>, mix<2, 8, ASK>},
+                                    {mix<3, 1, ASK>, mix<3, 2, ASK>, mix<3, 3, ASK>, mix<3, 4, ASK>, mix<3, 5, ASK>,
+                                     mix<3, 6, ASK>, mix<3, 7, ASK>, mix<3, 8, ASK>}};
+
+const Mix (*narrow(Ask ask)) [SLICE] {
+  return ask == Ask::Near ? NARROW<Ask::Near> : ask == Ask::Far ? NARROW<Ask::Far> : NARROW<Ask::Nothing>;
+}
 
 // How the values of a chunk that all queries see whole join those of the chunks before: out = out keep + values take.
 struct Joining {
@@ -160,11 +176,16 @@ void mix_pairs(const float* weights, const Values& values, int64_t count, int64_
   const int64_t vectors = values.width / W;
   if (count >= WIDE_FROM) return mix_all(weights, values, count, from, to, out, stride, false, nullptr);
   const int64_t turns = (count + FEW - 1) / FEW;
+  const auto asks = [&](int64_t i) {
+    return fetch ? asks_after(values.blocks, i / PAIRS, values.width / 2) : Ask::Nothing;
+  };
   for (int64_t end; from < to; from = end) {
-    end = turns == 1 && vectors <= SLICE ? to : least(to, (from / PAIRS + 1) * PAIRS);
+    const Ask now = asks(from);
+    end = least(to, (from / PAIRS + 1) * PAIRS);
+    while (turns == 1 && vectors <= SLICE && end < to && asks(end) == now) end = least(to, end + PAIRS);
     for (int64_t turn = 0; turn < turns; ++turn) {
       const int64_t m = count * turn / turns, size = count * (turn + 1) / turns - m;
-      const Mix* few = fetch && turn == 0 ? NARROW<true>[size - 1] : NARROW<false>[size - 1];
+      const Mix* few = narrow(turn == 0 ? now : Ask::Nothing)[size - 1];
       for (int64_t v = 0; v < vectors; v += SLICE)
         few[least(SLICE, vectors - v) - 1](weights + m * LINE, values, from, end, v * W, out + m * stride, stride);
     }

@@ -28,6 +28,11 @@ int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 FINIAL_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
+// Whether what is read after block b lies elsewhere: hardware fetches ahead within a run only.
+bool apart(const uint8_t* const* blocks, int64_t b, int64_t row) {
+  return blocks[b + 1] != blocks[b] + CACHE_BLOCK * 4 * row;
+}
+
 // What a thread needs beside the cache, for pieces of `queries`.
 struct Room {
   int64_t pairs, width, stride;

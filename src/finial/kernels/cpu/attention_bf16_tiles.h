@@ -22,11 +22,6 @@ namespace finial::FINIAL_ISA {
 
 namespace {
 
-// Whether what is read after block b lies elsewhere: then it is fetched ahead; hardware does that better within a run.
-bool apart(const uint8_t* const* blocks, int64_t b, int64_t row) {
-  return blocks[b + 1] != blocks[b] + CACHE_BLOCK * 4 * row;
-}
-
 constexpr int64_t HALF = 16;                        // queries of a register
 constexpr int64_t KEY_STEP = 16 * CACHE_BLOCK * 4;  // bytes of 16 pairs of elements of a block's keys
 

@@ -51,9 +51,9 @@ void score(const Room& room, const Tile& tile, bool first) {
     if (room.spans[j].to > 0) from = least(from, room.spans[j].from), to = most(to, room.spans[j].to);
   for (int64_t b = from / CACHE_BLOCK; b * CACHE_BLOCK < to; ++b) {
     const bool wide = count >= WIDE_FROM;
-    (first ? DOTS<true> : DOTS<false>)[count](room.keys[b], room.q + tile.begin* room.pairs, room.pairs,
-                                              room.scores + tile.begin* LINE + b* CACHE_BLOCK,
-                                              wide ? room.values[b] : room.keys[b + 1]);
+    const Ask ask = !first ? Ask::Nothing : wide ? Ask::Far : asks_after(room.keys, b, room.pairs);
+    dots_for(ask)[count](room.keys[b], room.q + tile.begin * room.pairs, room.pairs,
+                         room.scores + tile.begin * LINE + b * CACHE_BLOCK, wide ? room.values[b] : room.keys[b + 1]);
   }
 }
 

@@ -164,6 +164,31 @@ const Features& features() {
   return found;
 }
 
+#ifdef FINIAL_X86
+// AMD's families: 0x19 is Zen 3 and 4, what came after them more (Zen 5: 0x1A).
+bool made_by_amd() {
+  unsigned zero[4];
+  cpuid(0, 0, zero);
+  return zero[1] == 0x68747541 && zero[3] == 0x69746e65 && zero[2] == 0x444d4163;  // "AuthenticAMD"
+}
+unsigned family() {
+  unsigned one[4];
+  cpuid(1, 0, one);
+  const unsigned base = (one[0] >> 8) & 0xF;
+  return base == 0xF ? base + ((one[0] >> 20) & 0xFF) : base;
+}
+#endif
+
+// Measured: Zen 4 (panels.h, attention_bf16.cpp), Zen 5, and an Intel processor with tile registers; the next ones
+// are taken to be like the last of their maker.
+Asking asking() {
+  constexpr int64_t KB = 1024;
+#ifdef FINIAL_X86
+  if (made_by_amd()) return family() <= 0x19 ? Asking{false, Ask::Far, 16 * KB} : Asking{true, Ask::Near, 8 * KB};
+#endif
+  return {true, Ask::Far, 8 * KB};
+}
+
 struct Choice {
   const Kernels* kernels;
   bool supported;
@@ -201,6 +226,8 @@ std::vector<Choice> choices() {  // slowest first
 }
 
 }  // namespace
+
+const Asking ASKING = asking();
 
 std::vector<std::pair<std::string, bool>> cpu_features() {
   const Features& f = features();

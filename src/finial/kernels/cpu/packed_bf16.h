@@ -10,6 +10,8 @@ namespace finial::FINIAL_ISA {
 
 namespace {
 
+constexpr int64_t ENOUGH_BF16 = 6;
+
 // c [M, PANEL] = a panel times a tile's rows. Meanwhile it asks for `ahead`, a little every AT_ONCE pairs.
 template <int M>
 void tile_bf16(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT x, int64_t n_in,
@@ -17,9 +19,10 @@ void tile_bf16(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT 
   V acc[M][PANEL_VECTORS];
   for (int r = 0; r < M; ++r)
     for (int v = 0; v < PANEL_VECTORS; ++v) acc[r][v] = zero();
+  const Ask ask = asks(M, ENOUGH_BF16);
   const auto pair = [&] {
     I weight[PANEL_VECTORS];
-    if (M > 1) stream(w, PANEL * 4);
+    if (M > 1) stream(ask, w, PANEL * 4);
     for (int v = 0; v < PANEL_VECTORS; ++v) weight[v] = load_i(w + v * W * 4);
     for (int r = 0; r < M; ++r) {
       const I two = broadcast(x + 4 * r);

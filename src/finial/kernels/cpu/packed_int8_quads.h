@@ -109,16 +109,19 @@ struct Table {
 
 #endif
 
+constexpr int64_t ENOUGH_INT8 = 4;
+
 // c [PANEL] = a panel times one row.
 template <class Q>
 void one_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
               float* FINIAL_RESTRICT c) {
+  const Ask ask = asks(1, ENOUGH_INT8);
   V acc[PANEL_VECTORS];
   for (V& a : acc) a = zero();
   for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK, ++x) {
     I weights[8][PANEL_VECTORS], sums[PANEL_VECTORS];
     V scale[PANEL_VECTORS];
-    stream(w, Q::BLOCK);
+    stream(ask, w, Q::BLOCK);
     for (int v = 0; v < PANEL_VECTORS; ++v) scale[v] = load_f16(w + v * W * 2);
     Q::load(w + PANEL * 2, weights);
     for (I& s : sums) s = Q::start(*x);
@@ -174,13 +177,17 @@ FINIAL_APART void add_rows(const uint8_t* FINIAL_RESTRICT p, const Scale& scale,
 
 #endif
 
-// c [rows, PANEL] = a panel times 2 to TILE rows. Where their arithmetic takes about as long as reading the panel, it
-// is asked for AHEAD bytes early, a few lines with each pair of rows.
+// c [rows, PANEL] = a panel times 2 to TILE rows. Without AVX-512, where their arithmetic takes about as long as
+// reading the panel, it is asked for AHEAD bytes early, a few lines with each pair of rows.
 template <class Q>
 void few_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t rows, int64_t blocks,
               float* FINIAL_RESTRICT c) {
-  const int64_t share =
-      STREAMS || rows * 192 < Q::BLOCK ? 0 : (Q::BLOCK + 32 * rows - 1) / (32 * rows) * 64;  // for two rows
+#if defined(FINIAL_AVX512)
+  constexpr int64_t share = 0;
+#else
+  const int64_t share = rows * 192 < Q::BLOCK ? 0 : (Q::BLOCK + 32 * rows - 1) / (32 * rows) * 64;  // for two rows
+#endif
+  const Ask ask = asks(rows, ENOUGH_INT8);
   for (int64_t i = 0; i < rows * PANEL; i += W) store(c + i, zero());
   for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK) {
     I weights[8][PANEL_VECTORS];
@@ -189,7 +196,7 @@ void few_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT
     const Multiply product{scale};
     Q::load(w + PANEL * 2, weights);
     const uint8_t* next = w + AHEAD;
-    stream(w, Q::BLOCK);
+    stream(ask, w, Q::BLOCK);
     float* at = c;
     int64_t r = 0;
     for (; r + 2 <= rows; r += 2, x += 2, at += 2 * PANEL, next += share) {
