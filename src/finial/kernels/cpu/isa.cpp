@@ -182,11 +182,10 @@ unsigned family() {
 // Measured: Zen 4 (panels.h, attention_bf16.cpp), Zen 5, and an Intel processor with tile registers; the next ones
 // are taken to be like the last of their maker.
 Asking asking() {
-  constexpr int64_t KB = 1024;
 #ifdef FINIAL_X86
-  if (made_by_amd()) return family() <= 0x19 ? Asking{false, Ask::Far, 16 * KB} : Asking{true, Ask::Near, 8 * KB};
+  if (made_by_amd()) return family() <= 0x19 ? Asking{false, Ask::Far} : Asking{true, Ask::Near};
 #endif
-  return {true, Ask::Far, 8 * KB};
+  return {true, Ask::Far};
 }
 
 struct Choice {

@@ -52,14 +52,12 @@ struct Product {
   Rounding as = Rounding::None;
 };
 
-// What few rows gain from asking ahead for weights, and few queries for keys and values, with AVX-512: it depends on
-// how far a processor's own prefetching reaches, not on its instructions. Each kernel says how many rows are much
-// arithmetic.
+// Whether few rows ask ahead for weights, and few queries for keys and values, with AVX-512: what a processor gains
+// depends on how far its own prefetching reaches, not on its instructions.
 enum class Ask { Nothing, Near, Far };  // into the first-level cache, into the second
 struct Asking {
   bool always;  // else only beside much arithmetic, and where memory is not read in order
   Ask how;
-  int64_t distance;  // bytes
 };
 extern const Asking ASKING;  // of this processor: isa.cpp
 

@@ -10,7 +10,7 @@ namespace finial::FINIAL_ISA {
 
 namespace {
 
-constexpr int64_t ENOUGH_BF16 = 6;
+constexpr Enough ENOUGH_BF16{6, 6144};
 
 // c [M, PANEL] = a panel times a tile's rows. Meanwhile it asks for `ahead`, a little every AT_ONCE pairs.
 template <int M>
@@ -19,7 +19,7 @@ void tile_bf16(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT 
   V acc[M][PANEL_VECTORS];
   for (int r = 0; r < M; ++r)
     for (int v = 0; v < PANEL_VECTORS; ++v) acc[r][v] = zero();
-  const Ask ask = asks(M, ENOUGH_BF16);
+  const Asked ask = asks(M, ENOUGH_BF16);
   const auto pair = [&] {
     I weight[PANEL_VECTORS];
     if (M > 1) stream(ask, w, PANEL * 4);

@@ -35,7 +35,7 @@ FINIAL_INLINE void add_steps(const uint8_t* w, const uint8_t* x0, int64_t x0_byt
     tile_load<0>(c, PANEL * 4), tile_load<1>(c + W, PANEL * 4);
     if (TWO) tile_load<2>(c + SLOT, PANEL * 4), tile_load<3>(c + SLOT + W, PANEL * 4);
   }
-  const Ask ask = asks(1, 1);
+  const Asked ask = asks(1, {1, 2 * AHEAD});
   for (int64_t i = 0; i < steps; ++i, w += DEPTH_BYTES, x0 += x0_bytes, x1 += x1_bytes) {
     if (!TWO) stream(ask, w, DEPTH_BYTES);
     tile_load_once<4>(x0, LINE_BYTES);

@@ -109,13 +109,13 @@ struct Table {
 
 #endif
 
-constexpr int64_t ENOUGH_INT8 = 4;
+constexpr Enough ENOUGH_INT8{4, 16384};
 
 // c [PANEL] = a panel times one row.
 template <class Q>
 void one_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
               float* FINIAL_RESTRICT c) {
-  const Ask ask = asks(1, ENOUGH_INT8);
+  const Asked ask = asks(1, ENOUGH_INT8);
   V acc[PANEL_VECTORS];
   for (V& a : acc) a = zero();
   for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK, ++x) {
@@ -187,7 +187,7 @@ void few_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT
 #else
   const int64_t share = rows * 192 < Q::BLOCK ? 0 : (Q::BLOCK + 32 * rows - 1) / (32 * rows) * 64;  // for two rows
 #endif
-  const Ask ask = asks(rows, ENOUGH_INT8);
+  const Asked ask = asks(rows, ENOUGH_INT8);
   for (int64_t i = 0; i < rows * PANEL; i += W) store(c + i, zero());
   for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK) {
     I weights[8][PANEL_VECTORS];

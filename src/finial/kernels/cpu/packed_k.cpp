@@ -146,18 +146,18 @@ FINIAL_INLINE void add_group(const uint8_t* pair, const typename K::Factors& f, 
 
 // Part i of n of what is asked for with a block: as much as the block, head included.
 template <class K>
-FINIAL_INLINE void stream_part(Ask ask, const uint8_t* w, int i, int n) {
+FINIAL_INLINE void stream_part(const Asked& ask, const uint8_t* w, int i, int n) {
   constexpr int LINES = K::BYTES / 64;
   stream(ask, w + LINES * i / n * 64, (LINES * (i + 1) / n - LINES * i / n) * 64);
 }
 
-constexpr int64_t ENOUGH_K = 2;
+constexpr Enough ENOUGH_K{2, 8192};
 
 // c [PANEL] = a panel times one row.
-template <class K>
+template <class K, bool ASKS>
 void one_k(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
            float* FINIAL_RESTRICT c) {
-  const Ask ask = asks(1, ENOUGH_K);
+  const Asked ask = asks(1, ENOUGH_K);
   V acc[NV];
   for (V& a : acc) a = zero();
   for (int64_t b = 0; b < blocks; ++b, w += K::BYTES) {
@@ -165,7 +165,7 @@ void one_k(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x,
     K::load(w, f);
     for (int p = 0; p < GROUPS / 2; ++p, x += 2) {
       const uint8_t* pair = w + K::HEAD + p * K::PAIR;
-      stream_part<K>(ask, w, p, GROUPS / 2);
+      if (ASKS) stream_part<K>(ask, w, p, GROUPS / 2);
       add_group<K, 0>(pair, f, 2 * p, x[0], acc);
       add_group<K, 1>(pair, f, 2 * p + 1, x[1], acc);
     }
@@ -223,8 +223,8 @@ FINIAL_APART void meet_group(const uint8_t* w, const typename K::Factors& f, int
   take<K, ODD>(pair, f, group, g);
   const int64_t share = K::BYTES / GROUPS, ahead = (share + 64 * rows.tiles) / (64 * rows.tiles) * 64;
   const uint8_t* next = pair + K::PAIR + ODD * share;
-  const Ask ask = rows.rows <= TILE ? asks(rows.rows, ENOUGH_K) : Ask::Nothing;
-  const bool few = ask != Ask::Nothing;
+  const Asked ask = rows.rows <= TILE ? asks(rows.rows, ENOUGH_K) : Asked{Ask::Nothing, 0};
+  const bool few = ask.how != Ask::Nothing;
   stream_part<K>(ask, w, group, GROUPS);
   for (int64_t i = 0; i < rows.tiles; ++i) {
     if (!few) prefetch(next + i * ahead, ahead);
@@ -246,7 +246,8 @@ void tiles_of(const uint8_t* FINIAL_RESTRICT w, const Product& p, int64_t n_in, 
     taken.rows += t.count;
   }
   const int64_t blocks = n_in / 256;
-  if (taken.rows == 1) return one_k<K>(w, taken.x[0], blocks, c);
+  if (taken.rows == 1)
+    return (asks(1, ENOUGH_K).how == Ask::Nothing ? one_k<K, false> : one_k<K, true>)(w, taken.x[0], blocks, c);
   for (int64_t i = 0; i < taken.rows * PANEL; i += W) store(c + i, zero());
   for (int64_t b = 0; b < blocks; ++b, w += K::BYTES) {
     if (p.rows > TILE) expect(target, taken.rows * b / blocks, taken.rows * (b + 1) / blocks);

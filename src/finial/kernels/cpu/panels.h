@@ -44,25 +44,33 @@ FINIAL_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
 #endif
 }
 
-// With AVX-512 few rows, and one but for bf16, ask with every block for as much further on instead (Asking): always, or
-// if there are `enough`. GB/s of two threads that read 88 (EPYC Turin, always, near): one row of q4_0 83 instead of 75,
-// four rows of q8_0 75 instead of 30, of q4_k 59 instead of 42. That read 64 (EPYC Genoa, from `enough` on, not near):
-// one row of q4_0 67, asking 63 near and 46 not near, of q4_k 62, 41 and 48; four rows of q8_0 45 instead of 38,
-// of q4_k 38 instead of 32, eight of bf16 54 instead of 42.
-FINIAL_INLINE Ask asks(int64_t rows, int64_t enough) {
+// With AVX-512 few rows, and one but for bf16, ask with every block for as much further on instead: always 2 AHEAD, or
+// if they are so many as to be much arithmetic, how far depending on the format. GB/s of two threads that read 88 (EPYC
+// Turin: always, near): one row of q4_0 83 instead of 75, four rows of q8_0 75 instead of 30, of q4_k 59 instead of 42.
+// That read 64 (EPYC Genoa: from enough rows on, far): one row of q4_k 62, but 41 if it asks near and 48 far; four rows
+// of q8_0 52 instead of 38, of q4_k 38 instead of 32, eight of bf16 52 instead of 42.
+struct Enough {
+  int64_t rows, distance;
+};
+struct Asked {
+  Ask how;
+  int64_t distance;
+};
+FINIAL_INLINE Asked asks(int64_t rows, const Enough& enough) {
 #if defined(FINIAL_AVX512)
-  return ASKING.always || rows >= enough ? ASKING.how : Ask::Nothing;
+  if (ASKING.always) return {ASKING.how, 2 * AHEAD};
+  if (rows >= enough.rows) return {ASKING.how, enough.distance};
 #else
   (void)rows, (void)enough;
-  return Ask::Nothing;
 #endif
+  return {Ask::Nothing, 0};
 }
-FINIAL_INLINE void stream(Ask ask, const uint8_t* w, int64_t bytes) {
+FINIAL_INLINE void stream(const Asked& ask, const uint8_t* w, int64_t bytes) {
 #if defined(FINIAL_AVX512) && defined(__GNUC__)
-  if (ask == Ask::Near)
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(w + ASKING.distance + i, 0, 3);
-  if (ask == Ask::Far)
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(w + ASKING.distance + i, 0, 2);
+  if (ask.how == Ask::Near)
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(w + ask.distance + i, 0, 3);
+  if (ask.how == Ask::Far)
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(w + ask.distance + i, 0, 2);
 #else
   (void)ask, (void)w, (void)bytes;
 #endif
