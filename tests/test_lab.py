@@ -456,6 +456,8 @@ def test_text_that_is_not_the_models_makes_its_rows_invalid(bench: Bench) -> Non
     assert found.repeat_kl_max == 0 and found.top5 is not None and found.top5 > 0.9 and "NumPy" in found.reference
     assert found.ratio == pytest.approx(1, abs=0.01) and found.perplexity_error and found.perplexity_reference
     assert "measured text" in render(Record.open(record.path).data)
+    kept = Record.open(record.path).data.verdicts["demo/stored"]
+    assert [len(ids) for ids in kept["sly"].condemned] == [16] and not kept["honest"].condemned
 
 
 def test_both_cache_settings_are_rows_of_one_cell(bench: Bench) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from html import unescape
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -125,6 +126,12 @@ def test_every_verdict_is_put_in_words():
     html = page([data(one, verdicts={"finial": parted})])
     assert "parts after 7 tokens" in html and "its text" in html
     assert "no verdict: it broke" in page([data(one, verdicts={"finial": Verdict(error="it broke")})])
+
+
+def test_the_command_can_be_pasted_into_a_shell():
+    made = data(cell("decode", {"finial": row([10.0])}), command=["finial", "bench", "--only", "OpenVINO GenAI"])
+    for shown in (markdown_text([made]), unescape(page([made]))):
+        assert "finial bench --only 'OpenVINO GenAI'" in shown
 
 
 def test_energy_is_measured_or_said_to_be_unavailable():

@@ -154,6 +154,7 @@ class Verdict(msgspec.Struct, omit_defaults=True):
         greedy_agreement: share of its greedy text where the reference chooses the same.
         repeat_kl_max, repeat_same_text: its own second run against its first.
         flaws: why none of its numbers may stand.
+        condemned: of a flaw in what it generated while it was timed, that text's first tokens, by sequence.
     """
 
     positions: int = 0
@@ -178,6 +179,7 @@ class Verdict(msgspec.Struct, omit_defaults=True):
     reference: str = ""
     error: str = ""
     flaws: list[str] = []
+    condemned: list[list[int]] = []
 
 
 class Data(msgspec.Struct):

@@ -47,7 +47,8 @@ class Judge:
             operations = worker.ask("hello", RUN_S).get("operations", [])
             (found,) = judge.verdict(worker, operations, name, group.format, "")
             verdict = recorded(found)
-            verdict.flaws += self._measured(judge, group, name, cells)
+            flaw, verdict.condemned = self._measured(judge, group, name, cells)
+            verdict.flaws += [flaw] if flaw else []
             return verdict
         except (WorkerError, FinialError, OSError, ValueError, LookupError, TypeError) as error:
             return Verdict(error=str(error) or type(error).__name__)
@@ -82,8 +83,10 @@ class Judge:
             )
         return self._judge
 
-    def _measured(self, judge: quality_run.Judge, group: Group, name: str, cells: Sequence[Cell]) -> list[str]:
-        """Flaws of what it generated while it was timed, in the shallowest cell that has tokens."""
+    def _measured(
+        self, judge: quality_run.Judge, group: Group, name: str, cells: Sequence[Cell]
+    ) -> tuple[str, list[list[int]]]:
+        """The flaw of what it generated while it was timed, in the shallowest cell with tokens, and those tokens."""
         vocab_size = open_checkpoint(self._places.checkpoint(group.model)).config.vocab_size
         for cell in sorted(cells, key=lambda cell: max(cell.workload.prompt_lengths)):
             row = cell.engines.get(name)
@@ -94,8 +97,9 @@ class Judge:
             what = f"measured text ({cell.workload.name})"
             pairs = zip(prompts(cell.workload, vocab_size, 0), sample.tokens, strict=True)
             flaws = [not_the_models(what, judge.along(p, tokens), tokens, group.format) for p, tokens in pairs]
-            return list(dict.fromkeys(filter(None, flaws)))[:1]
-        return []
+            flaw = next(filter(None, flaws), "")
+            return flaw, sample.tokens if flaw else []
+        return "", []
 
 
 def recorded(found: Quality) -> Verdict:

@@ -7,6 +7,7 @@ Knows results, pictures and the template beside it.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from html import escape
 from importlib import resources
@@ -230,7 +231,7 @@ def _record(label: str, data: Data, many: bool) -> dict[str, Any]:
         "started": data.started,
         "warnings": list(_warnings(data)),
         "machine": (f"{label}: " if many else "") + f"{machine_line(data.machine)}; finial {data.commit}.",
-        "command": " ".join(data.command),
+        "command": shlex.join(data.command),
         "lines": lines,
         "files": [
             f"{name}: {', '.join(f'{key} {value}' for key, value in facts.items())}"

@@ -7,6 +7,7 @@ Knows the record's shape; measures nothing.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from statistics import median as middle
 
@@ -60,7 +61,7 @@ def render(data: Data, title: str = "Benchmark") -> str:
 def _head(data: Data) -> Iterator[str]:
     yield f"{machine_line(data.machine)}; finial {data.commit}; instruction set {data.machine['native']['isa']}."
     if data.command:
-        yield f"\nMeasured by `{' '.join(data.command)}`."
+        yield f"\nMeasured by `{shlex.join(data.command)}`."
     for warning in data.warnings:
         yield f"\n**{warning}**"
     if data.busy is not None and data.busy > DISTURBED:
