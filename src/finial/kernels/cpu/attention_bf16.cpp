@@ -34,7 +34,8 @@
 // (55.7); 2,048 on one 69.3 (64.4); the last 512 of 2,048 on two 73.9 (69.2); best 63 to 80. Alone and from the
 // second-level cache scores reach 97 and values 95 %; a prompt of 512 further spends 6 % on rounding queries and 9 % on
 // the softmax. On EPYC Turin few queries that ask for the next block, into the first-level cache, take 8 short
-// sequences in 67 us a layer instead of 84 (one thread), and depth 1,024 in 102 instead of 109.
+// sequences in 67 us a layer instead of 84 (one thread), and depth 1,024 in 102 instead of 109; on Zen 4 that costs a
+// fifth at depth 1,024 (kernels.h, Asking).
 #include <math.h>
 
 #include <algorithm>

@@ -48,7 +48,7 @@ FINIAL_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
 // if they are so many as to be much arithmetic, how far depending on the format. GB/s of two threads that read 88 (EPYC
 // Turin: always, near): one row of q4_0 83 instead of 75, four rows of q8_0 75 instead of 30, of q4_k 59 instead of 42.
 // That read 64 (EPYC Genoa: from enough rows on, far): one row of q4_k 62, but 41 if it asks near and 48 far; four rows
-// of q8_0 52 instead of 38, of q4_k 38 instead of 32, eight of bf16 52 instead of 42.
+// of q8_0 49 instead of 38, of q4_k 38 instead of 32, eight of bf16 52 instead of 42.
 struct Enough {
   int64_t rows, distance;
 };
