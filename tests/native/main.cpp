@@ -27,6 +27,15 @@ int main(int count, char** arguments) {
       test::test_linear(report, kernels);
       test::test_attention(report, kernels);
       test::test_layer(report, kernels);
+      if (isa != "avx512") continue;
+      const Asking here = asking;
+      for (const Asking& other : {Asking{true, Ask::Near}, Asking{true, Ask::Far}, Asking{false, Ask::Far}}) {
+        if (other.always == here.always && other.how == here.how) continue;
+        asking = other;
+        test::test_linear(report, kernels);
+        test::test_attention(report, kernels);
+      }
+      asking = here;
     }
     const auto has = [&](const char* isa) { return std::find(isas.begin(), isas.end(), isa) != isas.end(); };
     if (has("amx") && has("amx_emulated")) test::test_tiles(report, find_kernels("amx"), find_kernels("amx_emulated"));

@@ -26,7 +26,7 @@ FINIAL_INLINE void ask(const uint8_t* p) {
 
 // How few queries ask for what they read after block b.
 Ask asks_after(const uint8_t* const* blocks, int64_t b, int64_t row) {
-  return ASKING.always ? ASKING.how : apart(blocks, b, row) ? Ask::Far : Ask::Nothing;
+  return asking.always ? asking.how : apart(blocks, b, row) ? Ask::Far : Ask::Nothing;
 }
 
 // scores[m][k] = q[m] . keys[k] for M queries and a block of keys; q [pairs][M][2]. `next`: what is read later.

@@ -181,7 +181,7 @@ unsigned family() {
 
 // Measured: Zen 4 (panels.h, attention_bf16.cpp), Zen 5, and an Intel processor with tile registers; the next ones
 // are taken to be like the last of their maker.
-Asking asking() {
+Asking asking_here() {
 #ifdef FINIAL_X86
   if (made_by_amd()) return family() <= 0x19 ? Asking{false, Ask::Far} : Asking{true, Ask::Near};
 #endif
@@ -226,7 +226,7 @@ std::vector<Choice> choices() {  // slowest first
 
 }  // namespace
 
-const Asking ASKING = asking();
+Asking asking = asking_here();
 
 std::vector<std::pair<std::string, bool>> cpu_features() {
   const Features& f = features();

@@ -59,7 +59,7 @@ struct Asking {
   bool always;  // else only beside much arithmetic, and where memory is not read in order
   Ask how;
 };
-extern const Asking ASKING;  // of this processor: isa.cpp
+extern Asking asking;  // what this processor gains from (isa.cpp); tests try the others
 
 // How many rows meet a panel.
 struct Blocking {

@@ -58,8 +58,8 @@ struct Asked {
 };
 FINIAL_INLINE Asked asks(int64_t rows, const Enough& enough) {
 #if defined(FINIAL_AVX512)
-  if (ASKING.always) return {ASKING.how, 2 * AHEAD};
-  if (rows >= enough.rows) return {ASKING.how, enough.distance};
+  if (asking.always) return {asking.how, 2 * AHEAD};
+  if (rows >= enough.rows) return {asking.how, enough.distance};
 #else
   (void)rows, (void)enough;
 #endif
