@@ -43,7 +43,7 @@ void round_queries(const Attention& a, const AttentionPiece& piece, const Tile& 
 }
 
 // The scores of a chunk's keys for a tile. The first of many asks meanwhile for the values, which all will read; few
-// ask for what they read next.
+// may ask for what they read next.
 void score(const Room& room, const Tile& tile, bool first) {
   const int64_t count = tile.end - tile.begin;
   int64_t from = ATTENTION_CHUNK, to = 0;
