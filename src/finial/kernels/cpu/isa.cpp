@@ -43,6 +43,11 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 #endif
+#ifdef FINIAL_HAS_avx512_vnni
+namespace avx512_vnni {
+extern const Kernels kernels;
+}
+#endif
 #ifdef FINIAL_HAS_avx512
 namespace avx512 {
 extern const Kernels kernels;
@@ -203,9 +208,13 @@ std::vector<Choice> choices() {  // slowest first
 #ifdef FINIAL_HAS_avx2
   list.push_back({&avx2::kernels, f.avx2 && f.fma && f.f16c});
 #endif
-  const bool avx512 = f.avx2 && f.fma && f.f16c && f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq &&
-                      f.avx512_bf16 && f.avx512_vnni;
-  (void)avx512;
+  const bool avx512_vnni = f.avx2 && f.fma && f.f16c && f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq &&
+                           f.avx512_vnni;
+  const bool avx512 = avx512_vnni && f.avx512_bf16;
+  (void)avx512_vnni, (void)avx512;
+#ifdef FINIAL_HAS_avx512_vnni
+  list.push_back({&avx512_vnni::kernels, avx512_vnni});
+#endif
 #ifdef FINIAL_HAS_amx_emulated
   list.push_back({&amx_emulated::kernels, avx512});  // for tests, and slow
 #endif

@@ -19,10 +19,10 @@ namespace finial::FINIAL_ISA {
 namespace {
 
 constexpr int64_t PAIRS = 64;  // of inputs at a time: 8 KiB of a panel, 6 of a tile
-constexpr int ROWS = 4;
+constexpr int ROWS = W >= 16 ? 12 : 4;
 
 // Few rows have a whole panel's accumulators.
-constexpr int vectors_with(int rows) { return rows <= 2 ? PANEL_VECTORS : PANEL_VECTORS / 2; }
+constexpr int vectors_with(int rows) { return W >= 16 || rows <= 2 ? PANEL_VECTORS : PANEL_VECTORS / 2; }
 
 // c [M of a tile's rows, PANEL] += `pairs` pairs of a panel times rows `stride` pairs apart; = where they are the
 // first.
@@ -34,7 +34,7 @@ void add_pairs(const uint8_t* FINIAL_RESTRICT w, const float* FINIAL_RESTRICT x,
     const uint8_t* from = w + v * W * 4;
     const float* at = x;
     V acc[M][N];
-#pragma GCC unroll 4
+#pragma GCC unroll 12
     for (int r = 0; r < M; ++r)
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) acc[r][i] = first ? zero() : load(c + r * PANEL + (v + i) * W);
@@ -42,7 +42,7 @@ void add_pairs(const uint8_t* FINIAL_RESTRICT w, const float* FINIAL_RESTRICT x,
       V weights[N];
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) weights[i] = load_bf16_even(from + i * W * 4);
-#pragma GCC unroll 4
+#pragma GCC unroll 12
       for (int r = 0; r < M; ++r) {
         const V a = set1(at[2 * r]);
 #pragma GCC unroll 8
@@ -51,14 +51,14 @@ void add_pairs(const uint8_t* FINIAL_RESTRICT w, const float* FINIAL_RESTRICT x,
       load_afresh(from), load_afresh(at);
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) weights[i] = load_bf16_odd(from + i * W * 4);
-#pragma GCC unroll 4
+#pragma GCC unroll 12
       for (int r = 0; r < M; ++r) {
         const V a = set1(at[2 * r + 1]);
 #pragma GCC unroll 8
         for (int i = 0; i < N; ++i) acc[r][i] = fma(weights[i], a, acc[r][i]);
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 12
     for (int r = 0; r < M; ++r)
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) store(c + r * PANEL + (v + i) * W, acc[r][i]);
@@ -66,7 +66,13 @@ void add_pairs(const uint8_t* FINIAL_RESTRICT w, const float* FINIAL_RESTRICT x,
 }
 
 using AddPairs = void (*)(const uint8_t*, const float*, int64_t, int64_t, bool, float*);
+#if defined(FINIAL_AVX512)
+constexpr AddPairs ADD_PAIRS[ROWS + 1] = {nullptr,      add_pairs<1>, add_pairs<2>,  add_pairs<3>,  add_pairs<4>,
+                                          add_pairs<5>, add_pairs<6>, add_pairs<7>,  add_pairs<8>,  add_pairs<9>,
+                                          add_pairs<10>, add_pairs<11>, add_pairs<12>};
+#else
 constexpr AddPairs ADD_PAIRS[ROWS + 1] = {nullptr, add_pairs<1>, add_pairs<2>, add_pairs<3>, add_pairs<4>};
+#endif
 
 // c [rows, PANEL] = a panel times a tile's rows. Meanwhile it asks for `ahead`, a part with each turn.
 void meet_bf16(int64_t rows, const uint8_t* w, const uint8_t* x, int64_t n_in, float* c, Soon ahead) {

@@ -28,14 +28,15 @@
 #define FINIAL_RARE __attribute__((noinline, cold))
 #endif
 
-// amx: AVX-512 with tile registers beside it; amx_emulated: with what tiles.h makes of them, for tests.
+// avx512_vnni: AVX-512 without its instructions for bf16; amx: with tile registers beside it; amx_emulated: with what
+// tiles.h makes of them, for tests.
 #if defined(FINIAL_ISA_amx_emulated)
 #define FINIAL_TILES_EMULATED 1
 #endif
 #if defined(FINIAL_ISA_amx) || defined(FINIAL_TILES_EMULATED)
 #define FINIAL_TILES 1
 #endif
-#if defined(FINIAL_ISA_avx512) || defined(FINIAL_TILES)
+#if defined(FINIAL_ISA_avx512) || defined(FINIAL_ISA_avx512_vnni) || defined(FINIAL_TILES)
 #define FINIAL_AVX512 1
 #endif
 

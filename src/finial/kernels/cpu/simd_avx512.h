@@ -43,6 +43,13 @@ FINIAL_INLINE void split_bf16(__m512i x, V& even, V& odd) {
   odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
 }
 FINIAL_INLINE void load_bf16_pair(const uint8_t* p, V& even, V& odd) { split_bf16(_mm512_loadu_si512(p), even, odd); }
+FINIAL_INLINE V load_bf16_even(const uint8_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
+}
+FINIAL_INLINE V load_bf16_odd(const uint8_t* p) {
+  return _mm512_castsi512_ps(
+      _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+}
 FINIAL_INLINE void load_bf16_pair_n(const uint8_t* p, int64_t n, V& even, V& odd) {
   split_bf16(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p), even, odd);
 }
@@ -117,7 +124,11 @@ FINIAL_INLINE V pick_high(Levels levels, const uint8_t* p) {
 }
 
 // Products of packed weights. I: W lanes of int32, or of four bytes, or of two bf16.
+#if defined(FINIAL_ISA_avx512_vnni)
+#define FINIAL_PACKS_F32 1  // bf16 panels take float32 rows
+#else
 #define FINIAL_PACKS_BF16 1
+#endif
 #define FINIAL_PACKS_INT8 1
 using I = __m512i;
 // The instruction takes its first operand unsigned, so it multiplies q + 128; packed bytes are that, but for tile
@@ -189,6 +200,7 @@ FINIAL_INLINE I reduce_each(const I (&a)[W], F f) {
   for (int i = 0; i < 2; ++i) halves[i] = fold(quarters[2 * i], quarters[2 * i + 1]);
   return fold(halves[0], halves[1]);
 }
+#if defined(FINIAL_PACKS_BF16)
 // acc + both products of each pair; subnormals count as zero, each step rounds to nearest even.
 FINIAL_INLINE V dot_bf16(V acc, I w, I x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
 
@@ -246,5 +258,7 @@ FINIAL_INLINE V power_of_two(V x) {
   y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.00000262f));
   return _mm512_scalef_ps(y, x);
 }
+
+#endif
 
 }  // namespace finial::FINIAL_ISA
