@@ -23,6 +23,7 @@
 // A bf16 cache comes here where no instruction multiplies bf16; attention_bf16.cpp has the other.
 #include <math.h>
 
+#include "pairs.h"
 #include "softmax.h"
 #include "vector_exp.h"
 #include "weights.h"
@@ -410,15 +411,20 @@ int64_t attention_bf16_partial(int64_t head_dim);
 void attention_bf16(const Attention&, const AttentionPiece&, float* partial, float* scratch);
 void attention_bf16_merge(const Attention&, const AttentionPiece&, const float* partial, float* scratch);
 
-#if defined(FINIAL_PACKS_BF16)
-constexpr bool ROUNDS = true;
+#if defined(FINIAL_BF16_PANELS)
+constexpr bool BLOCKS = true;
 #else
-constexpr bool ROUNDS = false;
+constexpr bool BLOCKS = false;
+#endif
+#if defined(FINIAL_PACKS_BF16)
+constexpr Rounding ROUNDS_TO = Rounding::BF16;
+#else
+constexpr Rounding ROUNDS_TO = Rounding::None;
 #endif
 
-Rounding attention_rounding(CacheType type) {
-  return ROUNDS && type == CacheType::BF16 ? Rounding::BF16 : Rounding::None;
-}
+bool attention_in_blocks(CacheType type) { return BLOCKS && type == CacheType::BF16; }
+
+Rounding attention_rounding(CacheType type) { return attention_in_blocks(type) ? ROUNDS_TO : Rounding::None; }
 
 int64_t attention_queries(CacheType type) {
 #if defined(FINIAL_TILES)
@@ -426,24 +432,24 @@ int64_t attention_queries(CacheType type) {
 #else
   constexpr int64_t MANY = 96;
 #endif
-  return attention_rounding(type) == Rounding::BF16 ? MANY : 32;
+  return attention_in_blocks(type) ? MANY : 32;
 }
 
 int64_t attention_scratch(CacheType type, int64_t head_dim, int64_t queries) {
-  if (attention_rounding(type) == Rounding::BF16) return attention_bf16_scratch(head_dim, queries);
+  if (attention_in_blocks(type)) return attention_bf16_scratch(head_dim, queries);
   constexpr int64_t FLOATS = sizeof(float);
   constexpr int64_t BYTES = sizeof(Span) + sizeof(float*) + 2 * sizeof(Softmax);
   return POINTERS + queries * (3 * padded(head_dim) + CHUNK_LENGTH + BYTES / FLOATS);
 }
 
 int64_t attention_partial(CacheType type, int64_t head_dim) {
-  return attention_rounding(type) == Rounding::BF16 ? attention_bf16_partial(head_dim) : padded(head_dim) + STEP;
+  return attention_in_blocks(type) ? attention_bf16_partial(head_dim) : padded(head_dim) + STEP;
 }
 
 void attention(const Attention& a, const AttentionPiece& piece, float* partial, float* scratch) {
   if (a.cache.type == CacheType::F32) return piece_of<RowF32>(a, piece, partial, scratch);
   if (a.cache.type == CacheType::Q8_0) return piece_of<RowQ8_0>(a, piece, partial, scratch);
-#if defined(FINIAL_PACKS_BF16)
+#if defined(FINIAL_BF16_PANELS)
   attention_bf16(a, piece, partial, scratch);
 #else
   piece_of<RowBF16>(a, piece, partial, scratch);
@@ -453,7 +459,7 @@ void attention(const Attention& a, const AttentionPiece& piece, float* partial, 
 void attention_merge(const Attention& a, const AttentionPiece& piece, const float* partial, float* scratch) {
   if (a.cache.type == CacheType::F32) return merge_of<RowF32>(a, piece, partial, scratch);
   if (a.cache.type == CacheType::Q8_0) return merge_of<RowQ8_0>(a, piece, partial, scratch);
-#if defined(FINIAL_PACKS_BF16)
+#if defined(FINIAL_BF16_PANELS)
   attention_bf16_merge(a, piece, partial, scratch);
 #else
   merge_of<RowBF16>(a, piece, partial, scratch);

@@ -47,7 +47,7 @@
 
 namespace finial::FINIAL_ISA {
 
-#if !defined(FINIAL_PACKS_BF16)
+#if !defined(FINIAL_BF16_PANELS)
 
 int64_t attention_bf16_scratch(int64_t, int64_t) { return 0; }
 int64_t attention_bf16_partial(int64_t) { return 0; }
@@ -57,28 +57,34 @@ void store_blocked(const Cache&, const float*, const float*, const int32_t*, int
 
 namespace {
 
-constexpr float LN_2 = 0.693147181f;
-
 // A query's largest score of a span; the rest of the blocks that it touches becomes as small as can be.
 float highest(float* scores, const Span& span) {
   const Span all = blocks_of(span);
   for (int64_t i = all.from; i < span.from; ++i) scores[i] = -HUGE_VALF;
   for (int64_t i = span.to; i < all.to; ++i) scores[i] = -HUGE_VALF;
   V top = load(scores + all.from), second = load(scores + all.from + W);
-  for (int64_t i = all.from + CACHE_BLOCK; i < all.to; i += CACHE_BLOCK)
+  for (int64_t i = all.from + 2 * W; i < all.to; i += 2 * W)
     top = max(top, load(scores + i)), second = max(second, load(scores + i + W));
   return largest(max(top, second));
 }
 
-// Its scores of these blocks, to weights in pairs of bf16, in place; their sum.
+// Its scores of these blocks, to weights in pairs, in place; their sum.
 float soften(float* scores, const Span& blocks, float best) {
   const V highest = set1(best);
   V sums = zero();
-  for (int64_t i = blocks.from; i < blocks.to; i += CACHE_BLOCK) {
+#if defined(FINIAL_PACKS_BF16)
+  for (int64_t i = blocks.from; i < blocks.to; i += 2 * W) {
     V a = power_of_two(sub(load(scores + i), highest)), b = power_of_two(sub(load(scores + i + W), highest));
     store_bf16_pairs(scores + i / 2, a, b);  // behind what is still to be read
     sums = add(sums, add(a, b));
   }
+#else
+  for (int64_t i = blocks.from; i < blocks.to; i += W) {
+    const V weight = exp(sub(load(scores + i), highest));
+    store(scores + i, weight);
+    sums = add(sums, weight);
+  }
+#endif
   return sum(sums);
 }
 
@@ -90,10 +96,10 @@ void weigh(const Attention& a, const AttentionPiece& piece, const Room& room, co
   }
   for (int64_t j = tile.begin; j < tile.end; ++j) {
     const float* out = a.out + place(a, piece, j);
-    for (int64_t d = 0; last && d < a.cache.head_dim; d += W) __builtin_prefetch(out + d, 1);
+    for (int64_t d = 0; last && d < a.cache.head_dim; d += W) prefetch_to_write(out + d);
     if (room.spans[j].to == 0) continue;
     const float best = room.fresh[j].best;
-    room.fresh[j] = {best * LN_2, soften(room.scores + j * LINE, blocks_of(room.spans[j]), best)};
+    room.fresh[j] = {best * NATURAL, soften(room.scores + j * LINE, blocks_of(room.spans[j]), best)};
   }
 }
 
@@ -114,7 +120,7 @@ int64_t attention_bf16_partial(int64_t head_dim) { return padded(head_dim) + W; 
 void attention_bf16(const Attention& a, const AttentionPiece& piece, float* partial, float* scratch) {
   const int64_t queries = piece.rows * a.group, tiles = (queries + MOST - 1) / MOST;
   Room room(a.cache.head_dim, queries, scratch);
-  for (int64_t t = 0; t < tiles; ++t) round_queries(a, piece, {queries * t / tiles, queries * (t + 1) / tiles}, room);
+  for (int64_t t = 0; t < tiles; ++t) take_queries(a, piece, {queries * t / tiles, queries * (t + 1) / tiles}, room);
   for (int64_t j = 0; j < queries; ++j) room.state[j] = {0, 0};
   for (int64_t chunk = piece.begin; chunk < piece.end; ++chunk) {
     const int64_t base = chunk * ATTENTION_CHUNK;
@@ -165,16 +171,19 @@ bool is_run(const int32_t* slots) {
 
 // One head of RUN rows, `row` floats apart: keys are turned, values go in pairs of positions.
 void store_run(const float* keys, const float* values, int64_t row, int64_t n, uint8_t* k, uint8_t* v) {
-  alignas(64) uint8_t pairs[RUN * 64];
-  for (int64_t d = 0; d < n; d += 2 * W) {
-    for (int64_t i = 0; i < 2 * RUN; ++i) store_bf16(pairs + i * 32, load(keys + i / 2 * row + d + i % 2 * W));
-    turn(pairs, 64, k + d / 2 * CACHE_BLOCK * 4);
+  constexpr int64_t STEP = 32, LINE = 64;  // elements of a row at a time, and their bytes
+  alignas(64) uint8_t pairs[RUN * LINE];
+  for (int64_t d = 0; d < n; d += STEP) {
+    for (int64_t r = 0; r < RUN; ++r)
+      for (int64_t e = 0; e < STEP; e += W) store_bf16(pairs + r * LINE + e * 2, load(keys + r * row + d + e));
+    for (int64_t i = 0; i < STEP / 2; i += TURN)
+      for (int64_t r = 0; r < RUN; r += TURN)
+        turn(pairs + r * LINE + i * 4, LINE, k + ((d / 2 + i) * CACHE_BLOCK + r) * 4);
   }
   for (int64_t r = 0; r < RUN; r += 2)
     for (int64_t d = 0; d < n; d += W) {
       const float* from = values + r * row + d;
-      const I even = _mm512_srli_epi32(rounded_to_bf16(load(from)), 16), odd = rounded_to_bf16(load(from + row));
-      store_i(v + (r / 2 * n + d) * 4, _mm512_or_si512(even, odd_halves(odd)));
+      store_i(v + (r / 2 * n + d) * 4, bf16_words(load(from), load(from + row)));
     }
 }
 
@@ -184,7 +193,7 @@ void store_blocked(const Cache& cache, const float* keys, const float* values, c
                    int64_t end) {
   const int64_t n = cache.head_dim, heads = cache.kv_heads;
   for (int64_t i = begin; i < end; ++i) {
-    if (i % heads == 0 && i + RUN * heads <= end && n % (2 * W) == 0 && is_run(slots + i / heads)) {
+    if (i % heads == 0 && i + RUN * heads <= end && n % 32 == 0 && is_run(slots + i / heads)) {
       const int64_t slot = slots[i / heads], page = slot / cache.page_size, at = slot % cache.page_size;
       const int64_t block = at / CACHE_BLOCK * CACHE_BLOCK * cache.row_bytes();
       for (int64_t head = 0; head < heads; ++head)

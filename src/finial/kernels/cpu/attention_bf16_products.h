@@ -5,19 +5,20 @@
 
 #include "attention_bf16_room.h"
 
-#if defined(FINIAL_PACKS_BF16) && !defined(FINIAL_TILES)
+#if defined(FINIAL_BF16_PANELS) && !defined(FINIAL_TILES)
 
 namespace finial::FINIAL_ISA {
 
 namespace {
 
 constexpr int KEYS = CACHE_BLOCK / W;  // vectors of a block's keys
-constexpr int FEW = 3, SLICE = 8;      // queries, and vectors of values, that meet for few queries
+// Queries, and vectors of values, that meet for few queries: as many sums as there are registers for.
+constexpr int FEW = W >= 16 ? 3 : 2, SLICE = W >= 16 ? 8 : 4;
 
 // Many queries read the same chunk again and again from the second-level cache: each asks for what lies this far on.
-constexpr int WIDE_FROM = 9;
+constexpr int WIDE_FROM = W >= 16 ? 9 : 3;
 constexpr int64_t AHEAD = 2048;
-FINIAL_INLINE void prefetch_near(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
+FINIAL_INLINE void prefetch_near(const uint8_t* p) { prefetch_line<3>(p); }
 template <Ask ASK>
 FINIAL_INLINE void ask(const uint8_t* p) {
   if (ASK == Ask::Near) prefetch_near(p);
@@ -29,33 +30,36 @@ Ask asks_after(const uint8_t* const* blocks, int64_t b, int64_t row) {
   return asking.always ? asking.how : apart(blocks, b, row) ? Ask::Far : Ask::Nothing;
 }
 
-// scores[m][k] = q[m] . keys[k] for M queries and a block of keys; q [pairs][M][2]. `next`: what is read later.
+// scores[m][k] = q[m] . keys[k] for M queries and a block of keys; q [pairs][M]. `next`: what is read later.
 template <int M, Ask ASK>
-void dots(const uint8_t* FINIAL_RESTRICT keys, const uint32_t* FINIAL_RESTRICT q, int64_t pairs,
+void dots(const uint8_t* FINIAL_RESTRICT keys, const Two* FINIAL_RESTRICT q, int64_t pairs,
           float* FINIAL_RESTRICT scores, const uint8_t* FINIAL_RESTRICT next) {
-  V acc[M][KEYS];
-  for (int m = 0; m < M; ++m)
-    for (int k = 0; k < KEYS; ++k) acc[m][k] = zero();
+  constexpr int N = W >= 16 || M < WIDE_FROM ? KEYS : KEYS / 2;
+  for (int k = 0; k < KEYS; k += N) {
+    const uint8_t* key = keys + k * W * 4;
+    const Two* two = q;
+    V acc[M][N];
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < N; ++v) acc[m][v] = zero();
 #pragma GCC unroll 4
-  for (int64_t i = 0; i < pairs; ++i, keys += CACHE_BLOCK * 4, q += M, next += CACHE_BLOCK * 4) {
-    I key[KEYS];
-    ask<ASK>(next), ask<ASK>(next + 64);
-    if (M >= WIDE_FROM) prefetch_near(keys + AHEAD), prefetch_near(keys + AHEAD + 64);
-    for (int k = 0; k < KEYS; ++k) key[k] = load_i(keys + k * W * 4);
-    for (int m = 0; m < M; ++m) {
-      const I pair = broadcast(q + m);
-      for (int k = 0; k < KEYS; ++k) acc[m][k] = dot_bf16(acc[m][k], key[k], pair);
+    for (int64_t i = 0; i < pairs; ++i, key += CACHE_BLOCK * 4, two += M) {
+      if (k == 0) ask<ASK>(next), ask<ASK>(next + 64), next += CACHE_BLOCK * 4;
+      if (k == 0 && M >= WIDE_FROM) prefetch_near(key + AHEAD), prefetch_near(key + AHEAD + 64);
+      add_pair(key, two, 1, acc);
     }
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < N; ++v) store(scores + m * LINE + (k + v) * W, acc[m][v]);
   }
-  for (int m = 0; m < M; ++m)
-    for (int k = 0; k < KEYS; ++k) store(scores + m * LINE + k * W, acc[m][k]);
 }
 
-using Dots = void (*)(const uint8_t*, const uint32_t*, int64_t, float*, const uint8_t*);
+using Dots = void (*)(const uint8_t*, const Two*, int64_t, float*, const uint8_t*);
 template <Ask ASK>
 constexpr Dots DOTS[MOST + 1] = {nullptr,       dots<1, ASK>,  dots<2, ASK>, dots<3, ASK>, dots<4, ASK>,
+#if defined(FINIAL_AVX512)
                                  dots<5, ASK>,  dots<6, ASK>,  dots<7, ASK>, dots<8, ASK>, dots<9, ASK>,
-                                 dots<10, ASK>, dots<11, ASK>, dots<12, ASK>};
+                                 dots<10, ASK>, dots<11, ASK>, dots<12, ASK>
+#endif
+};
 const Dots* dots_for(Ask ask) {
   return ask == Ask::Near ? DOTS<Ask::Near> : ask == Ask::Far ? DOTS<Ask::Far> : DOTS<Ask::Nothing>;
 }
@@ -68,7 +72,7 @@ struct Values {
 
 // out[m] += sum over pairs i in [from, to) of weights[m][i] . values[i], for M queries and N vectors from element d.
 template <int M, int N, Ask ASK>
-void mix(const float* weights, const Values& values, int64_t from, int64_t to, int64_t d, float* out, int64_t stride) {
+void mix(const Two* weights, const Values& values, int64_t from, int64_t to, int64_t d, float* out, int64_t stride) {
   V acc[M][N];
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < N; ++v) acc[m][v] = load(out + m * stride + d + v * W);
@@ -79,28 +83,15 @@ void mix(const float* weights, const Values& values, int64_t from, int64_t to, i
         ASK != Ask::Nothing ? value + (values.blocks[from / PAIRS + 1] - values.blocks[from / PAIRS]) : value;
     for (; from < end; ++from, value += values.width * 4, next += values.width * 4) {
       for (int v = 0; v < N; ++v) ask<ASK>(next + v * W * 4);
-      if constexpr (M > N) {
-        I pairs[N];
-        for (int v = 0; v < N; ++v) pairs[v] = load_i(value + v * W * 4);
-        for (int m = 0; m < M; ++m) {
-          const I weight = broadcast(weights + m * LINE + from);
-          for (int v = 0; v < N; ++v) acc[m][v] = dot_bf16(acc[m][v], pairs[v], weight);
-        }
-      } else {
-        I weight[M];
-        for (int m = 0; m < M; ++m) weight[m] = broadcast(weights + m * LINE + from);
-        for (int v = 0; v < N; ++v) {
-          const I pair = load_i(value + v * W * 4);
-          for (int m = 0; m < M; ++m) acc[m][v] = dot_bf16(acc[m][v], pair, weight[m]);
-        }
-      }
+      add_pair(value, weights + from, LINE_PAIRS, acc);
     }
   }
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < N; ++v) store(out + m * stride + d + v * W, acc[m][v]);
 }
 
-using Mix = void (*)(const float*, const Values&, int64_t, int64_t, int64_t, float*, int64_t);
+using Mix = void (*)(const Two*, const Values&, int64_t, int64_t, int64_t, float*, int64_t);
+#if defined(FINIAL_AVX512)
 template <Ask ASK>
 constexpr Mix NARROW[FEW][SLICE] = {{mix<1, 1, ASK>, mix<1, 2, ASK>, mix<1, 3, ASK>, mix<1, 4, ASK>, mix<1, 5, ASK>,
                                      mix<1, 6, ASK>, mix<1, 7, ASK>, mix<1, 8, ASK>},
@@ -108,6 +99,11 @@ constexpr Mix NARROW[FEW][SLICE] = {{mix<1, 1, ASK>, mix<1, 2, ASK>, mix<1, 3, A
                                      mix<2, 6, ASK>, mix<2, 7, ASK>, mix<2, 8, ASK>},
                                     {mix<3, 1, ASK>, mix<3, 2, ASK>, mix<3, 3, ASK>, mix<3, 4, ASK>, mix<3, 5, ASK>,
                                      mix<3, 6, ASK>, mix<3, 7, ASK>, mix<3, 8, ASK>}};
+#else
+template <Ask ASK>
+constexpr Mix NARROW[FEW][SLICE] = {{mix<1, 1, ASK>, mix<1, 2, ASK>, mix<1, 3, ASK>, mix<1, 4, ASK>},
+                                    {mix<2, 1, ASK>, mix<2, 2, ASK>, mix<2, 3, ASK>, mix<2, 4, ASK>}};
+#endif
 
 const Mix (*narrow(Ask ask)) [SLICE] {
   return ask == Ask::Near ? NARROW<Ask::Near> : ask == Ask::Far ? NARROW<Ask::Far> : NARROW<Ask::Nothing>;
@@ -121,19 +117,12 @@ struct Joining {
 // The same for many queries and `pairs` pairs in one run of memory; from nothing if FRESH, joined to what is there if
 // `joining` is not null.
 template <int M, int N, bool FRESH>
-void mix_wide(const float* FINIAL_RESTRICT weights, const uint8_t* FINIAL_RESTRICT value, int64_t row, int64_t pairs,
+void mix_wide(const Two* FINIAL_RESTRICT weights, const uint8_t* FINIAL_RESTRICT value, int64_t row, int64_t pairs,
               float* FINIAL_RESTRICT out, int64_t stride, const Joining* joining) {
   V acc[M][N];
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < N; ++v) acc[m][v] = FRESH ? zero() : load(out + m * stride + v * W);
-  for (int64_t i = 0; i < pairs; ++i, value += row) {
-    I pair[N];
-    for (int v = 0; v < N; ++v) pair[v] = load_i(value + v * W * 4);
-    for (int m = 0; m < M; ++m) {
-      const I weight = broadcast(weights + m * LINE + i);
-      for (int v = 0; v < N; ++v) acc[m][v] = dot_bf16(acc[m][v], pair[v], weight);
-    }
-  }
+  for (int64_t i = 0; i < pairs; ++i, value += row) add_pair(value, weights + i, LINE_PAIRS, acc);
   if (joining == nullptr) {
     for (int m = 0; m < M; ++m)
       for (int v = 0; v < N; ++v) store(out + m * stride + v * W, acc[m][v]);
@@ -146,15 +135,21 @@ void mix_wide(const float* FINIAL_RESTRICT weights, const uint8_t* FINIAL_RESTRI
     }
 }
 
-using Wide = void (*)(const float*, const uint8_t*, int64_t, int64_t, float*, int64_t, const Joining*);
+using Wide = void (*)(const Two*, const uint8_t*, int64_t, int64_t, float*, int64_t, const Joining*);
+#if defined(FINIAL_AVX512)
 template <bool FRESH>
 constexpr Wide WIDE[MOST - WIDE_FROM + 1][2] = {{mix_wide<9, 1, FRESH>, mix_wide<9, 2, FRESH>},
                                                 {mix_wide<10, 1, FRESH>, mix_wide<10, 2, FRESH>},
                                                 {mix_wide<11, 1, FRESH>, mix_wide<11, 2, FRESH>},
                                                 {mix_wide<12, 1, FRESH>, mix_wide<12, 2, FRESH>}};
+#else
+template <bool FRESH>
+constexpr Wide WIDE[MOST - WIDE_FROM + 1][2] = {{mix_wide<3, 1, FRESH>, mix_wide<3, 2, FRESH>},
+                                                {mix_wide<4, 1, FRESH>, mix_wide<4, 2, FRESH>}};
+#endif
 
 // Slices of two vectors over pairs [from, to), from the second-level cache. What is joined must be one run of memory.
-void mix_all(const float* weights, const Values& values, int64_t count, int64_t from, int64_t to, float* out,
+void mix_all(const Two* weights, const Values& values, int64_t count, int64_t from, int64_t to, float* out,
              int64_t stride, bool fresh, const Joining* joining) {
   const int64_t vectors = values.width / W, row = values.width * 4;
   for (int64_t end; from < to; from = end, fresh = false) {
@@ -171,7 +166,7 @@ void mix_all(const float* weights, const Values& values, int64_t count, int64_t 
 
 // Whole pairs [from, to) for `count` queries. Many: slices of two vectors over all of them, from the second-level
 // cache. Few: whole values, so that memory is read in order; block by block if that takes more than one go.
-void mix_pairs(const float* weights, const Values& values, int64_t count, int64_t from, int64_t to, float* out,
+void mix_pairs(const Two* weights, const Values& values, int64_t count, int64_t from, int64_t to, float* out,
                int64_t stride, bool fetch) {
   const int64_t vectors = values.width / W;
   if (count >= WIDE_FROM) return mix_all(weights, values, count, from, to, out, stride, false, nullptr);
@@ -187,26 +182,21 @@ void mix_pairs(const float* weights, const Values& values, int64_t count, int64_
       const int64_t m = count * turn / turns, size = count * (turn + 1) / turns - m;
       const Mix* few = narrow(turn == 0 ? now : Ask::Nothing)[size - 1];
       for (int64_t v = 0; v < vectors; v += SLICE)
-        few[least(SLICE, vectors - v) - 1](weights + m * LINE, values, from, end, v * W, out + m * stride, stride);
+        few[least(SLICE, vectors - v) - 1](weights + m * LINE_PAIRS, values, from, end, v * W, out + m * stride, stride);
     }
   }
 }
 
 // One position of a pair: the odd one, or the even one.
-void mix_half(const float* weights, const Values& values, int64_t count, int64_t at, float* out, int64_t stride) {
+void mix_half(const Two* weights, const Values& values, int64_t count, int64_t at, float* out, int64_t stride) {
   const int64_t i = at / 2;
   const uint8_t* value = values.blocks[i / PAIRS] + i % PAIRS * values.width * 4;
-  for (int64_t m = 0; m < count; ++m) {
-    const I weight = broadcast(weights + m * LINE + i);
-    for (int64_t d = 0; d < values.width; d += W) {
-      const I pair = load_i(value + d * 4);
-      float* y = out + m * stride + d;
-      store(y, dot_bf16(load(y), at % 2 == 0 ? even_halves(pair) : odd_halves(pair), weight));
-    }
-  }
+  for (int64_t m = 0; m < count; ++m)
+    for (int64_t d = 0; d < values.width; d += W)
+      add_half(value + d * 4, weights + m * LINE_PAIRS + i, at % 2 != 0, out + m * stride + d);
 }
 
-void mix_span(const float* weights, const Values& values, int64_t count, Span span, float* out, int64_t stride,
+void mix_span(const Two* weights, const Values& values, int64_t count, Span span, float* out, int64_t stride,
               bool fetch) {
   if (span.from >= span.to) return;
   if (span.from % 2 != 0) mix_half(weights, values, count, span.from, out, stride);

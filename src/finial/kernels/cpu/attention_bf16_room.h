@@ -1,32 +1,54 @@
 // What a thread of attention over a bf16 cache has before it multiplies: its room in the scratch memory, its queries in
-// pairs of bf16, and where a chunk's keys and values lie, rearranged if the cache has rows. For attention_bf16.cpp.
+// pairs, and where a chunk's keys and values lie, rearranged if the cache has rows. For attention_bf16.cpp.
 #pragma once
 
+#include "pairs.h"
 #include "softmax.h"
 
-#if defined(FINIAL_PACKS_BF16)
+#if defined(FINIAL_BF16_PANELS)
 
 namespace finial::FINIAL_ISA {
 
 namespace {
 
-constexpr float LOG2_E = 1.44269504f;
+// Weights are powers of two of scores in units of log2(e), or powers of e.
+#if defined(FINIAL_PACKS_BF16)
+constexpr float SCORE_UNIT = 1.44269504f, NATURAL = 0.693147181f;
+#else
+constexpr float SCORE_UNIT = 1, NATURAL = 1;
+#endif
 constexpr int64_t BLOCKS = ATTENTION_CHUNK / CACHE_BLOCK;
 constexpr int64_t PAIRS = CACHE_BLOCK / 2;     // pairs of positions of a block
 constexpr int64_t LINE = ATTENTION_CHUNK + W;  // floats of a query's scores: lines of a tile fall into sets apart
+constexpr int64_t LINE_PAIRS = LINE * 4 / static_cast<int64_t>(sizeof(Two));  // from its weights to the next one's
 #if defined(FINIAL_TILES)
 constexpr int64_t MOST = 32;        // queries that meet a block of keys at once
 constexpr int64_t SPARE = 31;       // rows that are computed beside them, and not used
 constexpr int64_t PAIRS_UNIT = 16;  // pairs of elements that a product takes
 #else
-constexpr int64_t MOST = 12, SPARE = 0, PAIRS_UNIT = 1;
+constexpr int64_t MOST = W >= 16 ? 12 : 4, SPARE = 0, PAIRS_UNIT = 1;
 #endif
 
 int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-FINIAL_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
+template <int LEVEL>
+FINIAL_INLINE void prefetch_line(const void* p) {  // 3: into the first-level cache, 2: the second
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, LEVEL);
+#else
+  (void)p;
+#endif
+}
+FINIAL_INLINE void prefetch(const uint8_t* p) { prefetch_line<2>(p); }
+FINIAL_INLINE void prefetch_to_write(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 1);
+#else
+  (void)p;
+#endif
+}
 
 // Whether what is read after block b lies elsewhere: hardware fetches ahead within a run only.
 bool apart(const uint8_t* const* blocks, int64_t b, int64_t row) {
@@ -39,13 +61,14 @@ struct Room {
   float *scores, *sums, *added;        // [queries, LINE], [queries, stride], [queries, stride]; SPARE more of some
   uint8_t *key_blocks, *value_blocks;  // a chunk, rearranged
   uint8_t* value_copies;               // a chunk's, or what queries see of it; for tiles
-  uint32_t* q;                         // tiles of queries in pairs
+  Two* q;                              // tiles of queries in pairs
   const uint8_t **keys, **values;      // [BLOCKS + 1]: a chunk's, and what is read after each
   Softmax *state, *fresh;              // [queries]
   Span* spans;                         // [queries]
 
   static int64_t bytes(int64_t head_dim, int64_t queries) {
-    const int64_t pairs = pairs_of(head_dim), each = 4 * LINE + 8 * (padded(head_dim) + W) + 4 * pairs + 8;
+    const int64_t pairs = pairs_of(head_dim), two = sizeof(Two);
+    const int64_t each = 4 * LINE + 8 * (padded(head_dim) + W) + two * pairs + 8;
     return (queries + SPARE) * (each + static_cast<int64_t>(2 * sizeof(Softmax) + sizeof(Span))) +
            ATTENTION_CHUNK * (4 * pairs + (SPARE > 0 ? 4 : 2) * padded(head_dim)) + 64 +
            2 * (BLOCKS + 1) * static_cast<int64_t>(sizeof(const uint8_t*));
@@ -61,7 +84,7 @@ struct Room {
     key_blocks = reinterpret_cast<uint8_t*>(added + (queries + SPARE) * stride);
     value_blocks = key_blocks + ATTENTION_CHUNK * pairs * 4;
     value_copies = value_blocks + ATTENTION_CHUNK * width * 2;
-    q = reinterpret_cast<uint32_t*>(value_copies + (SPARE > 0 ? ATTENTION_CHUNK * width * 2 : 0));
+    q = reinterpret_cast<Two*>(value_copies + (SPARE > 0 ? ATTENTION_CHUNK * width * 2 : 0));
     keys = reinterpret_cast<const uint8_t**>(q + ((queries + SPARE) * pairs + 1) / 2 * 2);
     values = keys + BLOCKS + 1;
     state = reinterpret_cast<Softmax*>(values + BLOCKS + 1);

@@ -1,22 +1,30 @@
-// A tile of queries of attention over a bf16 cache, in vectors: rounded to pairs, their scores, and what their weights
-// make of the values. For attention_bf16.cpp.
+// A tile of queries of attention over a bf16 cache, in vectors: taken to pairs, their scores, and what their weights make
+// of the values. For attention_bf16.cpp.
 #pragma once
 
 #include "attention_bf16_products.h"
 
-#if defined(FINIAL_PACKS_BF16) && !defined(FINIAL_TILES)
+#if defined(FINIAL_BF16_PANELS) && !defined(FINIAL_TILES)
 
 namespace finial::FINIAL_ISA {
 
 namespace {
 
-// A tile's queries, scaled and rounded; the next one's are asked for.
-void round_queries(const Attention& a, const AttentionPiece& piece, const Tile& tile, const Room& room) {
-  const int64_t n = a.cache.head_dim, count = tile.end - tile.begin, queries = piece.rows * a.group;
-  const V scale = set1(a.scale * LOG2_E);
+// The next tile's queries are asked for.
+void expect_queries(const Attention& a, const AttentionPiece& piece, const Tile& tile) {
+  const int64_t count = tile.end - tile.begin, queries = piece.rows * a.group;
   for (int64_t j = tile.end; j < least(tile.end + count, queries); ++j)
-    for (int64_t d = 0; d < n; d += W) __builtin_prefetch(a.q + place(a, piece, j) + d);
-  uint32_t* to = room.q + tile.begin * room.pairs;
+    for (int64_t d = 0; d < a.cache.head_dim; d += W) prefetch_line<3>(a.q + place(a, piece, j) + d);
+}
+
+#if defined(FINIAL_PACKS_BF16)
+
+// A tile's queries, scaled and rounded.
+void take_queries(const Attention& a, const AttentionPiece& piece, const Tile& tile, const Room& room) {
+  const int64_t n = a.cache.head_dim, count = tile.end - tile.begin;
+  const V scale = set1(a.scale * SCORE_UNIT);
+  expect_queries(a, piece, tile);
+  Two* to = room.q + tile.begin * room.pairs;
   int64_t d = 0;
   const auto pairs = [&](int64_t m) {
     const float* from = a.q + place(a, piece, tile.begin + m) + d;
@@ -42,6 +50,26 @@ void round_queries(const Attention& a, const AttentionPiece& piece, const Tile& 
     }
 }
 
+#else
+
+// A tile's queries, scaled.
+void take_queries(const Attention& a, const AttentionPiece& piece, const Tile& tile, const Room& room) {
+  const int64_t n = a.cache.head_dim, count = tile.end - tile.begin;
+  const V scale = set1(a.scale * SCORE_UNIT);
+  expect_queries(a, piece, tile);
+  Two* to = room.q + tile.begin * room.pairs;
+  for (int64_t m = 0; m < count; ++m) {
+    const float* from = a.q + place(a, piece, tile.begin + m);
+    for (int64_t d = 0; d < n; d += W) {
+      Two pairs[W / 2];
+      store(&pairs[0].first, mul(n - d < W ? load_n(from + d, n - d) : load(from + d), scale));
+      for (int64_t i = 0; i < W / 2 && 2 * i < n - d; ++i) to[(d / 2 + i) * count + m] = pairs[i];
+    }
+  }
+}
+
+#endif
+
 // The scores of a chunk's keys for a tile. The first of many asks meanwhile for the values, which all will read; few
 // may ask for what they read next.
 void score(const Room& room, const Tile& tile, bool first) {
@@ -57,6 +85,11 @@ void score(const Room& room, const Tile& tile, bool first) {
   }
 }
 
+// A query's weights, which have taken the place of its scores.
+const Two* weights_of(const Room& room, int64_t query) {
+  return reinterpret_cast<const Two*>(room.scores + query * LINE);
+}
+
 // What every query of a tile sees goes together; what only some see goes row by row.
 void mix_tile(const Room& room, const Values& values, const Tile& tile, int64_t group, bool first, float* out) {
   Span common{0, ATTENTION_CHUNK};
@@ -66,13 +99,13 @@ void mix_tile(const Room& room, const Values& values, const Tile& tile, int64_t 
   const auto rows = [&](auto part) {
     for (int64_t m = tile.begin, to; m < tile.end; m = to) {
       for (to = m + 1; to < tile.end && to % group > 0;) ++to;
-      mix_span(room.scores + m * LINE, values, to - m, part(room.spans[m]), out + (m - tile.begin) * room.stride,
+      mix_span(weights_of(room, m), values, to - m, part(room.spans[m]), out + (m - tile.begin) * room.stride,
                room.stride, first);
     }
   };
   if (common.from >= common.to) return rows([](Span s) { return s; });
   rows([&](Span s) { return Span{s.from, common.from}; });
-  mix_pairs(room.scores + tile.begin * LINE, values, tile.end - tile.begin, common.from / 2, common.to / 2, out,
+  mix_pairs(weights_of(room, tile.begin), values, tile.end - tile.begin, common.from / 2, common.to / 2, out,
             room.stride, first);
   rows([&](Span s) { return Span{common.to, s.to}; });
 }
@@ -98,7 +131,7 @@ Joining join(Softmax* state, const Softmax* fresh, int64_t count) {
 void gather(const Room& room, const Tile& tile, int64_t group, bool first, float* left) {
   const Values values{room.values, room.width};
   const int64_t count = tile.end - tile.begin;
-  const float* weights = room.scores + tile.begin * LINE;
+  const Two* weights = weights_of(room, tile.begin);
   Softmax *state = room.state + tile.begin, *fresh = room.fresh + tile.begin;
   int64_t whole = 0, merged = 0;  // queries that see all of the chunk, that have seen others
   for (int64_t m = 0; m < count; ++m) {

@@ -26,6 +26,7 @@ int64_t peak(Rounding, int64_t rounds, float* sink);
 int64_t attention_scratch(CacheType, int64_t head_dim, int64_t queries);
 int64_t attention_partial(CacheType, int64_t head_dim);
 int64_t attention_queries(CacheType);
+bool attention_in_blocks(CacheType);
 Rounding attention_rounding(CacheType);
 void store_blocked(const Cache&, const float* keys, const float* values, const int32_t* slots, int64_t, int64_t);
 void attention(const Attention&, const AttentionPiece&, float* partial, float* scratch);
@@ -179,6 +180,7 @@ const Kernels kernels = {FINIAL_TEXT(FINIAL_ISA),
                          attention_scratch,
                          attention_partial,
                          attention_queries,
+                         attention_in_blocks,
                          attention_rounding,
                          store_blocked,
                          rms_norm,

@@ -168,8 +168,9 @@ struct Kernels {
   int64_t (*attention_scratch)(CacheType, int64_t head_dim, int64_t queries);  // floats; queries: rows * group
   int64_t (*attention_partial)(CacheType, int64_t head_dim);                   // floats of one query and chunk
   int64_t (*attention_queries)(CacheType);                                     // queries that a piece does well to hold
-  // What queries and attention weights are rounded to, None or BF16: then a cache may be blocked, if pages and rows
-  // allow it.
+  // Whether a cache may be blocked, if pages and rows allow it; what queries and attention weights are rounded to, None
+  // or BF16.
+  bool (*attention_in_blocks)(CacheType);
   Rounding (*attention_rounding)(CacheType);
   // Keys and values, [rows, kv_heads * head_dim], of items begin <= i < end, an item being a head of a row, to the
   // rows' slots of a blocked cache.

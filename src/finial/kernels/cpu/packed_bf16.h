@@ -4,7 +4,7 @@
 
 #include "panels.h"
 
-#if defined(FINIAL_PACKS_BF16) && !defined(FINIAL_TILES)
+#if defined(FINIAL_AVX512) && !defined(FINIAL_TILES)
 
 namespace finial::FINIAL_ISA {
 
@@ -14,21 +14,16 @@ constexpr Enough ENOUGH_BF16{6, 6144};
 
 // c [M, PANEL] = a panel times a tile's rows. Meanwhile it asks for `ahead`, a little every AT_ONCE pairs.
 template <int M>
-void tile_bf16(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT x, int64_t n_in,
+void tile_bf16(const uint8_t* FINIAL_RESTRICT w, const Two* FINIAL_RESTRICT x, int64_t n_in,
                float* FINIAL_RESTRICT c, Soon ahead) {
   V acc[M][PANEL_VECTORS];
   for (int r = 0; r < M; ++r)
     for (int v = 0; v < PANEL_VECTORS; ++v) acc[r][v] = zero();
   const Asked ask = asks(M, ENOUGH_BF16);
   const auto pair = [&] {
-    I weight[PANEL_VECTORS];
     if (M > 1) stream(ask, w, PANEL * 4);
-    for (int v = 0; v < PANEL_VECTORS; ++v) weight[v] = load_i(w + v * W * 4);
-    for (int r = 0; r < M; ++r) {
-      const I two = broadcast(x + 4 * r);
-      for (int v = 0; v < PANEL_VECTORS; ++v) acc[r][v] = dot_bf16(acc[r][v], weight[v], two);
-    }
-    w += PANEL * 4, x += 4 * M;
+    add_pair(w, x, 1, acc);
+    w += PANEL * 4, x += M;
   };
   int64_t k = 0;
   if constexpr (M >= 6) {
@@ -46,13 +41,15 @@ void tile_bf16(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT 
     for (int v = 0; v < PANEL_VECTORS; ++v) store(c + r * PANEL + v * W, acc[r][v]);
 }
 
-using TileBF16 = void (*)(const uint8_t*, const uint8_t*, int64_t, float*, Soon);
+using TileBF16 = void (*)(const uint8_t*, const Two*, int64_t, float*, Soon);
 constexpr TileBF16 TILES_BF16[TILE + 1] = {nullptr,       tile_bf16<1>,  tile_bf16<2>, tile_bf16<3>, tile_bf16<4>,
                                            tile_bf16<5>,  tile_bf16<6>,  tile_bf16<7>, tile_bf16<8>, tile_bf16<9>,
                                            tile_bf16<10>, tile_bf16<11>, tile_bf16<12>};
 FINIAL_INLINE void meet_bf16(int64_t rows, const uint8_t* w, const uint8_t* x, int64_t n_in, float* c, Soon ahead) {
-  TILES_BF16[rows](w, x, n_in, c, ahead);
+  TILES_BF16[rows](w, reinterpret_cast<const Two*>(x), n_in, c, ahead);
 }
+
+#if defined(FINIAL_PACKS_BF16)
 
 // Row `row` of a tile from input `from` on.
 void round_row_bf16(const float* x, int64_t n_in, int64_t from, int64_t row, int64_t rows, uint8_t* tile) {
@@ -81,6 +78,8 @@ void round_bf16(const float* x, int64_t n_in, int64_t rows, uint8_t* tile) {
       }
   for (int64_t row = 0; row < rows; ++row) round_row_bf16(x + row * n_in, n_in, k, row, rows, tile);
 }
+
+#endif
 
 }  // namespace
 

@@ -18,76 +18,55 @@ namespace finial::FINIAL_ISA {
 
 namespace {
 
+#if !defined(FINIAL_AVX512)
+
 constexpr int64_t PAIRS = 64;  // of inputs at a time: 8 KiB of a panel, 6 of a tile
-constexpr int ROWS = W >= 16 ? 12 : 4;
+constexpr int ROWS = 4;
 
 // Few rows have a whole panel's accumulators.
-constexpr int vectors_with(int rows) { return W >= 16 || rows <= 2 ? PANEL_VECTORS : PANEL_VECTORS / 2; }
+constexpr int vectors_with(int rows) { return rows <= 2 ? PANEL_VECTORS : PANEL_VECTORS / 2; }
 
 // c [M of a tile's rows, PANEL] += `pairs` pairs of a panel times rows `stride` pairs apart; = where they are the
 // first.
 template <int M>
-void add_pairs(const uint8_t* FINIAL_RESTRICT w, const float* FINIAL_RESTRICT x, int64_t stride, int64_t pairs,
+void add_pairs(const uint8_t* FINIAL_RESTRICT w, const Two* FINIAL_RESTRICT x, int64_t stride, int64_t pairs,
                bool first, float* FINIAL_RESTRICT c) {
   constexpr int N = vectors_with(M);
   for (int v = 0; v < PANEL_VECTORS; v += N) {
     const uint8_t* from = w + v * W * 4;
-    const float* at = x;
+    const Two* at = x;
     V acc[M][N];
-#pragma GCC unroll 12
+#pragma GCC unroll 4
     for (int r = 0; r < M; ++r)
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) acc[r][i] = first ? zero() : load(c + r * PANEL + (v + i) * W);
-    for (int64_t k = 0; k < pairs; ++k, from += PANEL * 4, at += 2 * stride) {
-      V weights[N];
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) weights[i] = load_bf16_even(from + i * W * 4);
-#pragma GCC unroll 12
-      for (int r = 0; r < M; ++r) {
-        const V a = set1(at[2 * r]);
-#pragma GCC unroll 8
-        for (int i = 0; i < N; ++i) acc[r][i] = fma(weights[i], a, acc[r][i]);
-      }
-      load_afresh(from), load_afresh(at);
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) weights[i] = load_bf16_odd(from + i * W * 4);
-#pragma GCC unroll 12
-      for (int r = 0; r < M; ++r) {
-        const V a = set1(at[2 * r + 1]);
-#pragma GCC unroll 8
-        for (int i = 0; i < N; ++i) acc[r][i] = fma(weights[i], a, acc[r][i]);
-      }
-    }
-#pragma GCC unroll 12
+    for (int64_t k = 0; k < pairs; ++k, from += PANEL * 4, at += stride) add_pair(from, at, 1, acc);
+#pragma GCC unroll 4
     for (int r = 0; r < M; ++r)
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) store(c + r * PANEL + (v + i) * W, acc[r][i]);
   }
 }
 
-using AddPairs = void (*)(const uint8_t*, const float*, int64_t, int64_t, bool, float*);
-#if defined(FINIAL_AVX512)
-constexpr AddPairs ADD_PAIRS[ROWS + 1] = {nullptr,      add_pairs<1>, add_pairs<2>,  add_pairs<3>,  add_pairs<4>,
-                                          add_pairs<5>, add_pairs<6>, add_pairs<7>,  add_pairs<8>,  add_pairs<9>,
-                                          add_pairs<10>, add_pairs<11>, add_pairs<12>};
-#else
+using AddPairs = void (*)(const uint8_t*, const Two*, int64_t, int64_t, bool, float*);
 constexpr AddPairs ADD_PAIRS[ROWS + 1] = {nullptr, add_pairs<1>, add_pairs<2>, add_pairs<3>, add_pairs<4>};
-#endif
 
 // c [rows, PANEL] = a panel times a tile's rows. Meanwhile it asks for `ahead`, a part with each turn.
 void meet_bf16(int64_t rows, const uint8_t* w, const uint8_t* x, int64_t n_in, float* c, Soon ahead) {
   const int64_t pairs = (n_in + 1) / 2, groups = (rows + ROWS - 1) / ROWS;
   const int64_t part = ((ahead.end - ahead.begin) * PAIRS / pairs + 64) / 64 * 64;
-  const float* at = reinterpret_cast<const float*>(x);
+  const Two* at = reinterpret_cast<const Two*>(x);
   for (int64_t k = 0; k < pairs; k += PAIRS) {
     const int64_t count = pairs - k < PAIRS ? pairs - k : PAIRS;
     if (ahead.begin < ahead.end) prefetch(ahead.begin, part), ahead.begin += part;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t row = rows * g / groups, some = rows * (g + 1) / groups - row;
-      ADD_PAIRS[some](w + k * PANEL * 4, at + 2 * (k * rows + row), rows, count, k == 0, c + row * PANEL);
+      ADD_PAIRS[some](w + k * PANEL * 4, at + k * rows + row, rows, count, k == 0, c + row * PANEL);
     }
   }
 }
+
+#endif
 
 void arrange_rows(const float* x, int64_t n_in, int64_t rows, uint8_t* tile) {
   float* to = reinterpret_cast<float*>(tile);

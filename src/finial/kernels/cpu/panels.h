@@ -2,12 +2,7 @@
 #pragma once
 
 #include "packed.h"
-#include "simd.h"
-
-// Whether bf16 lies in panels, whatever its rows are rounded to.
-#if defined(FINIAL_PACKS_BF16) || defined(FINIAL_PACKS_F32)
-#define FINIAL_BF16_PANELS 1
-#endif
+#include "pairs.h"
 
 namespace finial::FINIAL_ISA {
 

@@ -55,7 +55,7 @@ int64_t State::nbytes() const {
 
 Cache State::cache(int index) const {
   const CacheSpec& s = specs_[static_cast<size_t>(index)];
-  const bool blocked = s.rounding == Rounding::BF16 && page_size % CACHE_BLOCK == 0 && s.head_dim % 16 == 0;
+  const bool blocked = s.in_blocks && page_size % CACHE_BLOCK == 0 && s.head_dim % 16 == 0;
   return Cache(memory_[static_cast<size_t>(index)].data(), s.type, blocked, pages, page_size, s.kv_heads, s.head_dim);
 }
 
@@ -98,7 +98,7 @@ int Program::cache(CacheSpec spec) {
   require(spec.kv_heads >= 1 && spec.head_dim >= 1, "cache: kv_heads and head_dim must be at least 1");
   require(spec.type != CacheType::Q8_0 || spec.head_dim % 32 == 0,
           "cache: q8_0 takes a head_dim of whole blocks of 32");
-  spec.rounding = kernels_->attention_rounding(spec.type);
+  spec.in_blocks = kernels_->attention_in_blocks(spec.type);
   caches_.push_back(spec);
   return static_cast<int>(caches_.size()) - 1;
 }

@@ -27,9 +27,9 @@ namespace finial {
 struct CacheSpec {
   int64_t kv_heads, head_dim;
   CacheType type;
-  Rounding rounding = Rounding::None;  // the program's: of queries and attention weights
+  bool in_blocks = false;  // whether the program's kernels take it so
   bool operator==(const CacheSpec& o) const {
-    return kv_heads == o.kv_heads && head_dim == o.head_dim && type == o.type && rounding == o.rounding;
+    return kv_heads == o.kv_heads && head_dim == o.head_dim && type == o.type && in_blocks == o.in_blocks;
   }
 };
 

@@ -105,16 +105,30 @@ FINIAL_INLINE V load_i8(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 
-// Round to nearest even; a NaN stays a quiet NaN.
-FINIAL_INLINE void store_bf16(uint8_t* p, V a) {
+// As bf16 in the upper half of each lane, nearest even; a NaN stays a quiet NaN.
+FINIAL_INLINE __m256i rounded_to_bf16(V a) {
   const __m256i bits = _mm256_castps_si256(a);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-  const __m256i out = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm256_blendv_epi8(rounded, quiet, nan);
+}
+FINIAL_INLINE void store_bf16(uint8_t* p, V a) {
+  const __m256i out = _mm256_srli_epi32(rounded_to_bf16(a), 16);
   const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(out), _mm256_extracti128_si256(out, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+// Words whose halves are these, as bf16, nearest even.
+FINIAL_INLINE __m256i bf16_words(V low, V high) {
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
+  return _mm256_or_si256(_mm256_srli_epi32(rounded_to_bf16(low), 16), _mm256_and_si256(rounded_to_bf16(high), upper));
+}
+// W floats to bf16, nearest even, as the even or the odd ones of 2 W; the others stay as they are.
+FINIAL_INLINE void store_bf16_halves(uint8_t* p, V a, bool odd) {
+  uint16_t packed[W];
+  store_bf16(reinterpret_cast<uint8_t*>(packed), a);
+  for (int i = 0; i < W; ++i) std::memcpy(p + 4 * i + (odd ? 2 : 0), &packed[i], 2);
 }
 
 using Levels = __m256;  // no table of sixteen fits a register: the factor d

@@ -200,6 +200,22 @@ FINIAL_INLINE I reduce_each(const I (&a)[W], F f) {
   for (int i = 0; i < 2; ++i) halves[i] = fold(quarters[2 * i], quarters[2 * i + 1]);
   return fold(halves[0], halves[1]);
 }
+// Words whose halves are these, as bf16, nearest even.
+FINIAL_INLINE I bf16_words(V low, V high) {
+  const I upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+  return _mm512_or_si512(_mm512_srli_epi32(rounded_to_bf16(low), 16), _mm512_and_si512(rounded_to_bf16(high), upper));
+}
+// W floats to bf16, nearest even, as the even or the odd ones of 2 W; the others stay as they are.
+FINIAL_INLINE void store_bf16_halves(uint8_t* p, V a, bool odd) {
+  uint8_t packed[2 * W];
+  store_bf16(packed, a);
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+  if (odd)
+    _mm512_mask_storeu_epi16(p, 0xAAAAAAAAu, _mm512_slli_epi32(wide, 16));
+  else
+    _mm512_mask_storeu_epi16(p, 0x55555555u, wide);
+}
+
 #if defined(FINIAL_PACKS_BF16)
 // acc + both products of each pair; subnormals count as zero, each step rounds to nearest even.
 FINIAL_INLINE V dot_bf16(V acc, I w, I x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
@@ -234,16 +250,6 @@ FINIAL_INLINE void store_bf16_pairs(void* p, V& a, V& b) {
   const I pairs = bf16_pairs(a, b);
   _mm512_storeu_si512(p, pairs);
   split_bf16(pairs, a, b);
-}
-// W floats to bf16, nearest even, as the even or the odd ones of 2 W; the others stay as they are.
-FINIAL_INLINE void store_bf16_halves(uint8_t* p, V a, bool odd) {
-  uint8_t packed[2 * W];
-  store_bf16(packed, a);
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
-  if (odd)
-    _mm512_mask_storeu_epi16(p, 0xAAAAAAAAu, _mm512_slli_epi32(wide, 16));
-  else
-    _mm512_mask_storeu_epi16(p, 0x55555555u, wide);
 }
 FINIAL_INLINE I even_halves(I a) { return _mm512_and_si512(a, _mm512_set1_epi32(0xFFFF)); }
 FINIAL_INLINE I odd_halves(I a) { return _mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))); }
