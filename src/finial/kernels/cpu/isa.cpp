@@ -184,11 +184,12 @@ unsigned family() {
 }
 #endif
 
-// Measured: Zen 4 (panels.h, attention_bf16.cpp), Zen 5, and an Intel processor with tile registers; the next ones
-// are taken to be like the last of their maker.
+// Measured: Zen 4 (panels.h, attention_bf16.cpp), Zen 5, Intel processors with tile registers and Ice Lake; the next
+// ones are taken to be like the last of their maker.
 Asking asking_here() {
 #ifdef FINIAL_X86
   if (made_by_amd()) return family() <= 0x19 ? Asking{false, Ask::Far} : Asking{true, Ask::Near};
+  if (!features().amx_tile) return {true, Ask::Near};
 #endif
   return {true, Ask::Far};
 }

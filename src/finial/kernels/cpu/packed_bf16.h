@@ -11,6 +11,11 @@ namespace finial::FINIAL_ISA {
 namespace {
 
 constexpr Enough ENOUGH_BF16{6, 6144};
+#if defined(FINIAL_PACKS_BF16)
+constexpr int ASKS_FROM = 2;
+#else
+constexpr int ASKS_FROM = 1;
+#endif
 
 // c [M, PANEL] = a panel times a tile's rows. Meanwhile it asks for `ahead`, a little every AT_ONCE pairs.
 template <int M>
@@ -21,7 +26,7 @@ void tile_bf16(const uint8_t* FINIAL_RESTRICT w, const Two* FINIAL_RESTRICT x, i
     for (int v = 0; v < PANEL_VECTORS; ++v) acc[r][v] = zero();
   const Asked ask = asks(M, ENOUGH_BF16);
   const auto pair = [&] {
-    if (M > 1) stream(ask, w, PANEL * 4);
+    if (M >= ASKS_FROM) stream(ask, w, PANEL * 4);
     add_pair(w, x, 1, acc);
     w += PANEL * 4, x += M;
   };

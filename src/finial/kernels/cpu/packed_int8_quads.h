@@ -18,15 +18,25 @@
 
 #if defined(FINIAL_PACKS_INT8) && !defined(FINIAL_ISA_avx2)
 
+// Where an addition of integers costs nothing beside multiplications of bytes.
+#if defined(FINIAL_ISA_avx512)
+#define FINIAL_INT8_TABLE 1
+#endif
+
 namespace finial::FINIAL_ISA {
 
 namespace {
 
 // The product of a block's weight scales with a row's: multiplied, or looked up.
 struct Multiply {
-  const V (&scale)[PANEL_VECTORS];
+  using Held = Multiply;  // in registers
+  V scale[PANEL_VECTORS];
+  struct Row {
+    V scale;
+  };
   FINIAL_INLINE bool covers(const Int8Block&) { return true; }
-  FINIAL_INLINE V product(const Multiply& s, const Int8Block& x, int v) { return mul(s.scale[v], set1(x.scale)); }
+  FINIAL_INLINE Row row(const Int8Block& x) { return {set1(x.scale)}; }
+  FINIAL_INLINE V product(const Multiply& s, const Row& row, int v) { return mul(s.scale[v], row.scale); }
 };
 
 // Chains in which an output's sum of a block runs, where there are registers for them: then four instructions wait for
@@ -49,14 +59,16 @@ FINIAL_INLINE void add_block(const I (&w)[8][PANEL_VECTORS], const Scale& scale,
   for (int r = 0; r < N; ++r)
     for (int s = 1; s < SPLIT; ++s)
       for (int v = 0; v < PANEL_VECTORS; ++v) sums[r][0][v] = add_i(sums[r][0][v], sums[r][s][v]);
-  for (int r = 0; r < N; ++r)
+  for (int r = 0; r < N; ++r) {
+    const typename Scale::Row row = Scale::row(x[r]);
     for (int v = 0; v < PANEL_VECTORS; ++v) {
       float* at = c + r * PANEL + v * W;
-      store(at, fma(to_floats(sums[r][0][v]), Scale::product(scale, x[r], v), load(at)));
+      store(at, fma(to_floats(sums[r][0][v]), Scale::product(scale, row, v), load(at)));
     }
+  }
 }
 
-#if defined(FINIAL_AVX512) && !defined(FINIAL_TILES)
+#if defined(FINIAL_INT8_TABLE)
 
 constexpr int64_t TABLE_ROWS = 48;
 constexpr int FRACTION = 4;  // bits of a row's scale behind the leading one: Int8Block
@@ -65,6 +77,11 @@ constexpr int64_t LEVELS = 1 << FRACTION;
 // [level][output]: the bits of scale * m less those of m, m = 1 + level / 16. Adding the bits of a row's scale, 2^e m,
 // leaves those of scale * 2^e m, as long as neither exponent overflows.
 struct Table {
+  using Held = const Table&;
+  struct Row {
+    I scale;
+    int64_t level;
+  };
   alignas(64) int32_t bits[LEVELS * PANEL];
 
   // False where a scale is infinite or NaN: then nothing of it holds.
@@ -100,10 +117,12 @@ struct Table {
   }
   // From 2^-100 to 2^100, where no f16 scale can make an exponent overflow.
   FINIAL_INLINE bool covers(const Int8Block& x) { return bits_of(x) - (27u << 23) < 200u << 23; }
-  FINIAL_INLINE V product(const Table& t, const Int8Block& x, int v) {
-    uint32_t level = bits_of(x) >> (23 - FRACTION) & (LEVELS - 1);
-    const I m = _mm512_load_si512(t.bits + level * PANEL + v * W);
-    return _mm512_castsi512_ps(_mm512_add_epi32(broadcast_scale(x), m));
+  FINIAL_INLINE Row row(const Int8Block& x) {
+    return {broadcast_scale(x), bits_of(x) >> (23 - FRACTION) & (LEVELS - 1)};
+  }
+  FINIAL_INLINE V product(const Table& t, const Row& row, int v) {
+    const I m = _mm512_load_si512(t.bits + row.level * PANEL + v * W);
+    return _mm512_castsi512_ps(_mm512_add_epi32(row.scale, m));
   }
 };
 
@@ -151,6 +170,7 @@ FINIAL_APART void add_rows(const uint8_t* FINIAL_RESTRICT p, const Scale& scale,
                            const Rows& rows, int64_t b, float* FINIAL_RESTRICT c) {
   I w[8][PANEL_VECTORS];
   Q::load(p + PANEL * 2, w);
+  const typename Scale::Held held = scale;
   const int64_t ahead = (Q::BLOCK + 64 * rows.tiles) / (64 * rows.tiles) * 64;
   for (int64_t i = 0; i < rows.tiles; ++i) {
     prefetch(p + Q::BLOCK + i * ahead, ahead);
@@ -161,13 +181,13 @@ FINIAL_APART void add_rows(const uint8_t* FINIAL_RESTRICT p, const Scale& scale,
     for (; x + 2 <= end; x += 2, c += 2 * PANEL, next += 128) {
       prefetch(next, 128);
       if (Scale::covers(x[0]) && Scale::covers(x[1]))
-        add_block<Q, 2>(w, scale, x, c);
+        add_block<Q, 2>(w, held, x, c);
       else
         add_rare<Q, 2>(p, otherwise, x, c);
     }
     if (x < end) {
       if (Scale::covers(*x))
-        add_block<Q, 1>(w, scale, x, c);
+        add_block<Q, 1>(w, held, x, c);
       else
         add_rare<Q, 1>(p, otherwise, x, c);
       c += PANEL;
@@ -191,9 +211,8 @@ void few_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT
   for (int64_t i = 0; i < rows * PANEL; i += W) store(c + i, zero());
   for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK) {
     I weights[8][PANEL_VECTORS];
-    V scale[PANEL_VECTORS];
-    for (int v = 0; v < PANEL_VECTORS; ++v) scale[v] = load_f16(w + v * W * 2);
-    const Multiply product{scale};
+    Multiply product;
+    for (int v = 0; v < PANEL_VECTORS; ++v) product.scale[v] = load_f16(w + v * W * 2);
     Q::load(w + PANEL * 2, weights);
     const uint8_t* next = w + AHEAD;
     stream(ask, w, Q::BLOCK);
@@ -220,13 +239,12 @@ void tiles_int8(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT
 #else
   for (int64_t i = 0; i < taken.rows * PANEL; i += W) store(c + i, zero());
   for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK) {
-    V scale[PANEL_VECTORS];
-    for (int v = 0; v < PANEL_VECTORS; ++v) scale[v] = load_f16(w + v * W * 2);
-    const Multiply product{scale};
+    Multiply product;
+    for (int v = 0; v < PANEL_VECTORS; ++v) product.scale[v] = load_f16(w + v * W * 2);
     expect(target, taken.rows * b / blocks, taken.rows * (b + 1) / blocks);
-#if defined(FINIAL_AVX512)
+#if defined(FINIAL_INT8_TABLE)
     Table table;
-    if (taken.rows >= TABLE_ROWS && table.fill(scale)) {
+    if (taken.rows >= TABLE_ROWS && table.fill(product.scale)) {
       add_rows<Q>(w, table, product, taken, b, c);
       continue;
     }

@@ -49,7 +49,7 @@ struct Two {  // what a row brings: neighbours
 
 template <int M, int N>
 FINIAL_INLINE void add_pair(const uint8_t* w, const Two* x, int64_t step, V (&acc)[M][N]) {
-  if constexpr (M > N || W < 16) {  // few registers: the even ones of all, then the odd ones, loaded once more
+  if constexpr (M > N || W < 16) {  // the even ones of all, then the odd ones, loaded once more: few registers
     V floats[N];
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) floats[v] = load_bf16_even(w + v * W * 4);
@@ -71,7 +71,6 @@ FINIAL_INLINE void add_pair(const uint8_t* w, const Two* x, int64_t step, V (&ac
   } else {
     V first[M], second[M];
     for (int r = 0; r < M; ++r) first[r] = set1(x[r * step].first), second[r] = set1(x[r * step].second);
-#pragma GCC unroll 8
     for (int v = 0; v < N; ++v) {
       V even, odd;
       load_bf16_pair(w + v * W * 4, even, odd);
