@@ -97,6 +97,7 @@ enum { CHAINS = 12, INNER = 4096 };
     }                                                                                \
   }
 PEAK(peak_f32, "avx2,fma", __m256, _mm256_setzero_ps(), sum[c] = _mm256_fmadd_ps(_mm256_set1_ps(1), _mm256_set1_ps(1), sum[c]))
+PEAK(peak_f32_wide, "avx512f", __m512, _mm512_setzero_ps(), sum[c] = _mm512_fmadd_ps(_mm512_set1_ps(1), _mm512_set1_ps(1), sum[c]))
 PEAK(peak_bf16, "avx512f,avx512bf16", __m512, _mm512_setzero_ps(),
      sum[c] = _mm512_dpbf16_ps(sum[c], (__m512bh)_mm512_set1_epi16(0x3f80), (__m512bh)_mm512_set1_epi16(0x3f80)))
 PEAK(peak_i8, "avx512f,avx512vnni", __m512i, _mm512_setzero_si512(),
@@ -146,7 +147,7 @@ static void* race(void* argument) {
   return 0;
 }
 
-// kind: 0 f32 (AVX2 FMA), 1 bf16 (vdpbf16ps), 2 int8 (vpdpbusd); 3 bf16 and 4 int8 in AMX tile registers, which the caller
+// kind: 0 f32 (FMA, of AVX-512 or AVX2), 1 bf16 (vdpbf16ps), 2 int8 (vpdpbusd); 3 bf16 and 4 int8 in AMX tile registers, which the caller
 // knows to be there.  1e9 operations per second of all CPUs together.
 double peak_gops(int kind, const int* cpus, int threads, double seconds) {
   void (*work)(void) = 0;
@@ -158,6 +159,7 @@ double peak_gops(int kind, const int* cpus, int threads, double seconds) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (kind == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) work = peak_f32, lanes = 8;
+  if (kind == 0 && __builtin_cpu_supports("avx512f")) work = peak_f32_wide, lanes = 16;
   if (kind == 1 && __builtin_cpu_supports("avx512bf16")) work = peak_bf16, lanes = 32;
   if (kind == 2 && __builtin_cpu_supports("avx512vnni")) work = peak_i8, lanes = 64;
 #endif

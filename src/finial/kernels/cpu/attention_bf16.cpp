@@ -57,6 +57,8 @@ void store_blocked(const Cache&, const float*, const float*, const int32_t*, int
 
 namespace {
 
+constexpr float LN_2 = 0.693147181f;
+
 // A query's largest score of a span; the rest of the blocks that it touches becomes as small as can be.
 float highest(float* scores, const Span& span) {
   const Span all = blocks_of(span);
@@ -80,7 +82,7 @@ float soften(float* scores, const Span& blocks, float best) {
   }
 #else
   for (int64_t i = blocks.from; i < blocks.to; i += W) {
-    const V weight = exp(sub(load(scores + i), highest));
+    const V weight = power_of_two(sub(load(scores + i), highest));
     store(scores + i, weight);
     sums = add(sums, weight);
   }
@@ -99,7 +101,7 @@ void weigh(const Attention& a, const AttentionPiece& piece, const Room& room, co
     for (int64_t d = 0; last && d < a.cache.head_dim; d += W) prefetch_to_write(out + d);
     if (room.spans[j].to == 0) continue;
     const float best = room.fresh[j].best;
-    room.fresh[j] = {best * NATURAL, soften(room.scores + j * LINE, blocks_of(room.spans[j]), best)};
+    room.fresh[j] = {best * LN_2, soften(room.scores + j * LINE, blocks_of(room.spans[j]), best)};
   }
 }
 

@@ -11,12 +11,7 @@ namespace finial::FINIAL_ISA {
 
 namespace {
 
-// Weights are powers of two of scores in units of log2(e), or powers of e.
-#if defined(FINIAL_PACKS_BF16)
-constexpr float SCORE_UNIT = 1.44269504f, NATURAL = 0.693147181f;
-#else
-constexpr float SCORE_UNIT = 1, NATURAL = 1;
-#endif
+constexpr float LOG2_E = 1.44269504f;
 constexpr int64_t BLOCKS = ATTENTION_CHUNK / CACHE_BLOCK;
 constexpr int64_t PAIRS = CACHE_BLOCK / 2;     // pairs of positions of a block
 constexpr int64_t LINE = ATTENTION_CHUNK + W;  // floats of a query's scores: lines of a tile fall into sets apart

@@ -30,7 +30,7 @@ int64_t registers_for(int64_t count) { return count < HALF ? count : HALF; }
 // A tile's queries, scaled and rounded; the next one's are asked for.
 void take_queries(const Attention& a, const AttentionPiece& piece, const Tile& tile, const Room& room) {
   const int64_t n = a.cache.head_dim, count = tile.end - tile.begin, queries = piece.rows * a.group;
-  const V scale = set1(a.scale * SCORE_UNIT);
+  const V scale = set1(a.scale * LOG2_E);
   for (int64_t j = tile.begin; j < tile.end; ++j) {
     const float* from = a.q + place(a, piece, j);
     if (j + count < queries)

@@ -22,7 +22,7 @@ void expect_queries(const Attention& a, const AttentionPiece& piece, const Tile&
 // A tile's queries, scaled and rounded.
 void take_queries(const Attention& a, const AttentionPiece& piece, const Tile& tile, const Room& room) {
   const int64_t n = a.cache.head_dim, count = tile.end - tile.begin;
-  const V scale = set1(a.scale * SCORE_UNIT);
+  const V scale = set1(a.scale * LOG2_E);
   expect_queries(a, piece, tile);
   Two* to = room.q + tile.begin * room.pairs;
   int64_t d = 0;
@@ -55,17 +55,23 @@ void take_queries(const Attention& a, const AttentionPiece& piece, const Tile& t
 // A tile's queries, scaled.
 void take_queries(const Attention& a, const AttentionPiece& piece, const Tile& tile, const Room& room) {
   const int64_t n = a.cache.head_dim, count = tile.end - tile.begin;
-  const V scale = set1(a.scale * SCORE_UNIT);
+  const V scale = set1(a.scale * LOG2_E);
   expect_queries(a, piece, tile);
   Two* to = room.q + tile.begin * room.pairs;
-  for (int64_t m = 0; m < count; ++m) {
-    const float* from = a.q + place(a, piece, tile.begin + m);
-    for (int64_t d = 0; d < n; d += W) {
-      Two pairs[W / 2];
-      store(&pairs[0].first, mul(n - d < W ? load_n(from + d, n - d) : load(from + d), scale));
-      for (int64_t i = 0; i < W / 2 && 2 * i < n - d; ++i) to[(d / 2 + i) * count + m] = pairs[i];
+  const auto query = [&](int64_t m) { return a.q + place(a, piece, tile.begin + m); };
+  int64_t d = 0;
+  for (; count >= 4 && d + W <= n; d += W, to += W / 2 * count)
+    for (int64_t m = 0; m < count; m += 4) {
+      const int64_t at = least(m, count - 4);
+      const auto part = [&](int64_t i) { return mul(load(query(at + i) + d), scale); };
+      store_four(&to[at].first, count, part(0), part(1), part(2), part(3));
     }
-  }
+  for (; d < n; d += W, to += W / 2 * count)
+    for (int64_t m = 0; m < count; ++m) {
+      Two pairs[W / 2];
+      store(&pairs[0].first, mul(n - d < W ? load_n(query(m) + d, n - d) : load(query(m) + d), scale));
+      for (int64_t i = 0; i < W / 2 && 2 * i < n - d; ++i) to[i * count + m] = pairs[i];
+    }
 }
 
 #endif

@@ -75,7 +75,15 @@ void arrange_rows(const float* x, int64_t n_in, int64_t rows, uint8_t* tile) {
     if (n_in % 2 != 0) to[n_in] = 0;
     return;
   }
-  for (int64_t k = 0; k + 2 <= n_in; k += 2)
+  int64_t k = 0;
+  if (rows >= 4)
+    for (; k + W <= n_in; k += W, to += W * rows)
+      for (int64_t row = 0; row < rows; row += 4) {
+        const int64_t first = row + 4 <= rows ? row : rows - 4;
+        const float* from = x + first * n_in + k;
+        store_four(to + first * 2, rows, load(from), load(from + n_in), load(from + 2 * n_in), load(from + 3 * n_in));
+      }
+  for (; k + 2 <= n_in; k += 2)
     for (int64_t r = 0; r < rows; ++r, to += 2) std::memcpy(to, x + r * n_in + k, 2 * sizeof(float));
   if (n_in % 2 != 0)
     for (int64_t r = 0; r < rows; ++r, to += 2) to[0] = x[r * n_in + n_in - 1], to[1] = 0;

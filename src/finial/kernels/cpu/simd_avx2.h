@@ -49,6 +49,11 @@ FINIAL_INLINE V scale_by_power(V a, V n) {
   const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
   return _mm256_mul_ps(_mm256_mul_ps(a, power_of_two(half)), power_of_two(_mm256_sub_epi32(whole, half)));
 }
+// Its floor and what is beyond, for x <= 0; below -150, where 2^x is no float, that.
+FINIAL_INLINE void split_whole(V x, V& whole, V& fraction) {
+  x = max(set1(-150.0f), x);  // NaN comes through
+  whole = _mm256_round_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC), fraction = sub(x, whole);
+}
 FINIAL_INLINE V round(V a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 FINIAL_INLINE V load_bf16(const uint8_t* p) {
@@ -129,6 +134,20 @@ FINIAL_INLINE void store_bf16_halves(uint8_t* p, V a, bool odd) {
   uint16_t packed[W];
   store_bf16(reinterpret_cast<uint8_t*>(packed), a);
   for (int i = 0; i < W; ++i) std::memcpy(p + 4 * i + (odd ? 2 : 0), &packed[i], 2);
+}
+
+// Four pairs of each of four rows to [pair][rows]: pairs of neighbouring rows, `rows` of them from one to the next.
+FINIAL_INLINE void store_four(float* out, int64_t rows, V a, V b, V c, V d) {
+  const auto low = [](V x, V y) { return _mm256_unpacklo_pd(_mm256_castps_pd(x), _mm256_castps_pd(y)); };
+  const auto high = [](V x, V y) { return _mm256_unpackhi_pd(_mm256_castps_pd(x), _mm256_castps_pd(y)); };
+  const __m256d even[2] = {low(a, b), low(c, d)}, odd[2] = {high(a, b), high(c, d)};  // pairs 0 and 2, 1 and 3
+  for (int two = 0; two < 2; ++two) {
+    const auto to = [&](int pair) { return reinterpret_cast<double*>(out + (pair * rows + 2 * two) * 2); };
+    _mm_storeu_pd(to(0), _mm256_castpd256_pd128(even[two]));
+    _mm_storeu_pd(to(1), _mm256_castpd256_pd128(odd[two]));
+    _mm_storeu_pd(to(2), _mm256_extractf128_pd(even[two], 1));
+    _mm_storeu_pd(to(3), _mm256_extractf128_pd(odd[two], 1));
+  }
 }
 
 using Levels = __m256;  // no table of sixteen fits a register: the factor d

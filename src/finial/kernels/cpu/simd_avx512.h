@@ -32,6 +32,10 @@ FINIAL_INLINE float largest(V a) { return _mm512_reduce_max_ps(a); }
 
 // a * 2^n for integral n, also where the result is subnormal or infinite.
 FINIAL_INLINE V scale_by_power(V a, V n) { return _mm512_scalef_ps(a, n); }
+// Its floor and what is beyond; scale_by_power takes the floor itself.
+FINIAL_INLINE void split_whole(V x, V& whole, V& fraction) {
+  whole = x, fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
 FINIAL_INLINE V round(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 FINIAL_INLINE V load_bf16(const uint8_t* p) {
@@ -215,6 +219,26 @@ FINIAL_INLINE void store_bf16_halves(uint8_t* p, V a, bool odd) {
   else
     _mm512_mask_storeu_epi16(p, 0x55555555u, wide);
 }
+
+#if defined(FINIAL_PACKS_F32)
+// Eight pairs of each of four rows to [pair][rows]: pairs of neighbouring rows, `rows` of them from one to the next.
+FINIAL_INLINE void store_four(float* out, int64_t rows, V a, V b, V c, V d) {
+  const auto low = [](V x, V y) { return _mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)); };
+  const auto high = [](V x, V y) { return _mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)); };
+  const __m512d even[2] = {low(a, b), low(c, d)}, odd[2] = {high(a, b), high(c, d)};  // pairs 0, 2, 4, 6; 1, 3, 5, 7
+  for (int two = 0; two < 2; ++two) {
+    const auto to = [&](int pair) { return reinterpret_cast<double*>(out + (pair * rows + 2 * two) * 2); };
+    _mm_storeu_pd(to(0), _mm512_castpd512_pd128(even[two]));
+    _mm_storeu_pd(to(1), _mm512_castpd512_pd128(odd[two]));
+    _mm_storeu_pd(to(2), _mm512_extractf64x2_pd(even[two], 1));
+    _mm_storeu_pd(to(3), _mm512_extractf64x2_pd(odd[two], 1));
+    _mm_storeu_pd(to(4), _mm512_extractf64x2_pd(even[two], 2));
+    _mm_storeu_pd(to(5), _mm512_extractf64x2_pd(odd[two], 2));
+    _mm_storeu_pd(to(6), _mm512_extractf64x2_pd(even[two], 3));
+    _mm_storeu_pd(to(7), _mm512_extractf64x2_pd(odd[two], 3));
+  }
+}
+#endif
 
 #if defined(FINIAL_PACKS_BF16)
 // acc + both products of each pair; subnormals count as zero, each step rounds to nearest even.

@@ -26,6 +26,23 @@ FINIAL_INLINE V exp(V x) {
   return scale_by_power(y, n);
 }
 
+#if defined(FINIAL_PACKS_F32)
+// 2^x within 2^-23, for x <= 0: 2^(x - floor x) by a polynomial of least maximum relative error (2^-29; Lawson's
+// reweighted least squares), times 2^floor(x). 0 where that is below all floats, infinity too; NaN stays NaN.
+FINIAL_INLINE V power_of_two(V x) {
+  V whole, r;
+  split_whole(x, whole, r);
+  V y = set1(2.17022549e-4f);
+  y = fma(y, r, set1(1.24396884e-3f));
+  y = fma(y, r, set1(9.67884064e-3f));
+  y = fma(y, r, set1(5.54833412e-2f));
+  y = fma(y, r, set1(2.4022983e-1f));
+  y = fma(y, r, set1(6.93147004e-1f));
+  y = fma(y, r, set1(1.0f));
+  return scale_by_power(y, whole);
+}
+#endif
+
 // silu(gate) * up = gate / (1 + exp(-gate)) * up
 FINIAL_INLINE V gated(V gate, V up) { return mul(div(gate, add(set1(1), exp(sub(zero(), gate)))), up); }
 
