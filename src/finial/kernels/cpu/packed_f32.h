@@ -30,7 +30,7 @@ constexpr int vectors_with(int rows) { return rows <= 2 ? PANEL_VECTORS : PANEL_
 // first.
 template <int M>
 void add_pairs(const uint8_t* FINIAL_RESTRICT w, const Two* FINIAL_RESTRICT x, int64_t stride, int64_t pairs,
-               bool first, float* FINIAL_RESTRICT c) {
+               bool first, const Asked& ask, float* FINIAL_RESTRICT c) {
   constexpr int N = vectors_with(M);
   for (int v = 0; v < PANEL_VECTORS; v += N) {
     const uint8_t* from = w + v * W * 4;
@@ -40,7 +40,10 @@ void add_pairs(const uint8_t* FINIAL_RESTRICT w, const Two* FINIAL_RESTRICT x, i
     for (int r = 0; r < M; ++r)
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) acc[r][i] = first ? zero() : load(c + r * PANEL + (v + i) * W);
-    for (int64_t k = 0; k < pairs; ++k, from += PANEL * 4, at += stride) add_pair(from, at, 1, acc);
+    for (int64_t k = 0; k < pairs; ++k, from += PANEL * 4, at += stride) {
+      if (v == 0) stream(ask, from, PANEL * 4);
+      add_pair(from, at, 1, acc);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < M; ++r)
 #pragma GCC unroll 8
@@ -48,7 +51,7 @@ void add_pairs(const uint8_t* FINIAL_RESTRICT w, const Two* FINIAL_RESTRICT x, i
   }
 }
 
-using AddPairs = void (*)(const uint8_t*, const Two*, int64_t, int64_t, bool, float*);
+using AddPairs = void (*)(const uint8_t*, const Two*, int64_t, int64_t, bool, const Asked&, float*);
 constexpr AddPairs ADD_PAIRS[ROWS + 1] = {nullptr, add_pairs<1>, add_pairs<2>, add_pairs<3>, add_pairs<4>};
 
 // c [rows, PANEL] = a panel times a tile's rows. Meanwhile it asks for `ahead`, a part with each turn.
@@ -56,12 +59,14 @@ void meet_bf16(int64_t rows, const uint8_t* w, const uint8_t* x, int64_t n_in, f
   const int64_t pairs = (n_in + 1) / 2, groups = (rows + ROWS - 1) / ROWS;
   const int64_t part = ((ahead.end - ahead.begin) * PAIRS / pairs + 64) / 64 * 64;
   const Two* at = reinterpret_cast<const Two*>(x);
+  const Asked first = asks(rows, {TILE + 1, 0}), others{Ask::Nothing, 0};
   for (int64_t k = 0; k < pairs; k += PAIRS) {
     const int64_t count = pairs - k < PAIRS ? pairs - k : PAIRS;
     if (ahead.begin < ahead.end) prefetch(ahead.begin, part), ahead.begin += part;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t row = rows * g / groups, some = rows * (g + 1) / groups - row;
-      ADD_PAIRS[some](w + k * PANEL * 4, at + k * rows + row, rows, count, k == 0, c + row * PANEL);
+      ADD_PAIRS[some](w + k * PANEL * 4, at + k * rows + row, rows, count, k == 0, g == 0 ? first : others,
+                      c + row * PANEL);
     }
   }
 }

@@ -93,9 +93,11 @@ FINIAL_APART void add_rows(const uint8_t* w, const V (&scale)[PAIR], const Int8B
 // c [PANEL] = a panel times one row.
 void one_row(Q4, const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
              float* FINIAL_RESTRICT c) {
+  const Asked ask = asks(1, {2, 0});
   V acc[PANEL_VECTORS];
   for (V& a : acc) a = zero();
   for (int64_t b = 0; b < blocks; ++b, w += Q4::BLOCK, ++x) {
+    stream(ask, w, Q4::BLOCK);
     I sums[PANEL_VECTORS];
     for (I& s : sums) s = _mm256_setzero_si256();
     for (int j = 0; j < 4; ++j) {
@@ -115,9 +117,11 @@ void one_row(Q4, const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTR
 
 void one_row(Q8, const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
              float* FINIAL_RESTRICT c) {
+  const Asked ask = asks(1, {2, 0});
   V acc[PANEL_VECTORS];
   for (V& a : acc) a = zero();
   for (int64_t b = 0; b < blocks; ++b, w += Q8::BLOCK, ++x) {
+    stream(ask, w, Q8::BLOCK);
     I sums[PANEL_VECTORS];
     for (I& s : sums) s = start_q8(0);
     for (int j = 0; j < 8; ++j) {

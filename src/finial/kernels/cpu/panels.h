@@ -47,21 +47,23 @@ FINIAL_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
 struct Enough {
   int64_t rows, distance;
 };
+#if (defined(FINIAL_AVX512) || defined(FINIAL_ISA_avx2)) && defined(__GNUC__)
+constexpr bool ASKING = true;
+#else
+constexpr bool ASKING = false;
+#endif
 struct Asked {
   Ask how;
   int64_t distance;
 };
 FINIAL_INLINE Asked asks(int64_t rows, const Enough& enough) {
-#if defined(FINIAL_AVX512)
-  if (asking.always) return {asking.how, 2 * AHEAD};
-  if (rows >= enough.rows) return {asking.how, enough.distance};
-#else
-  (void)rows, (void)enough;
-#endif
+  if (ASKING && asking.always) return {asking.how, 2 * AHEAD};
+  if (ASKING && W >= 16 && rows >= enough.rows) return {asking.how, enough.distance};
   return {Ask::Nothing, 0};
 }
 FINIAL_INLINE void stream(const Asked& ask, const uint8_t* w, int64_t bytes) {
-#if defined(FINIAL_AVX512) && defined(__GNUC__)
+#if defined(__GNUC__)
+  if (!ASKING) return;
   if (ask.how == Ask::Near)
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(w + ask.distance + i, 0, 3);
   if (ask.how == Ask::Far)
