@@ -53,10 +53,17 @@ constexpr int CHAINS = W == 16 ? 16 : 10;  // enough to hide the latency of a mu
 template <class T, class F>
 FINIAL_INLINE T chains(int64_t rounds, T start, F step, T (*together)(T, T)) {
   T acc[CHAINS];
-  for (T& a : acc) a = start;
+#pragma GCC unroll 16
+  for (int c = 0; c < CHAINS; ++c) acc[c] = start;
   for (int64_t i = 0; i < rounds * 64; ++i)
-    for (T& a : acc) a = step(a);
+#pragma GCC unroll 16
+    for (int c = 0; c < CHAINS; ++c) {
+      T a = acc[c];
+      keep_in_register(a);  // GCC copies sums to and fro otherwise
+      acc[c] = step(a);
+    }
   T all = acc[0];
+#pragma GCC unroll 16
   for (int i = 1; i < CHAINS; ++i) all = together(all, acc[i]);
   return all;
 }
@@ -104,8 +111,6 @@ int64_t peak(Rounding kind, int64_t rounds, float* sink) {
     const I x = load_i(&one);
 #if defined(FINIAL_ISA_avx2)
     const I s = chains(rounds, x, [&](I a) { return multiply_pairs(a, x, a); }, add_i);
-#elif defined(FINIAL_AVX512)  // one instruction, whose sum would be copied if it were its operand too
-    const I s = chains(rounds, x, [&](I a) { return dot_q4(a, x, x); }, add_i);
 #else
     const I s = chains(rounds, x, [&](I a) { return dot_q4(a, x, a); }, add_i);
 #endif
