@@ -18,9 +18,7 @@
 // Measured on Zen 4, AVX-512, one thread, 16 query and 8 kv heads of 128 at depth 4,096: an f32 cache is read at
 // 22 GB/s, 70 % of the read bandwidth beside it; q8_0 at 13 GB/s, bound by its decoding.
 // python -m benchmarks.attention --threads 1 --kv f32 (or q8_0); before rows were asked for in their order
-// On Zen 3, AVX2, one thread, a bf16 cache: 12.7 to 14.2 GB/s of 21 to 23 (9.6 in the order of the arithmetic); prompts
-// of 512 at 45 to 50 % of the fma peak (32 with four accumulators of values).
-// A bf16 cache comes here where no instruction multiplies bf16; attention_bf16.cpp has the other.
+// A bf16 cache comes here from NEON and portable code; attention_bf16.cpp has the other.
 #include <math.h>
 
 #include "pairs.h"
@@ -405,7 +403,7 @@ void merge_of(const Attention& a, const AttentionPiece& piece, const float* part
 
 }  // namespace
 
-// From attention_bf16.cpp; nothing where there is no instruction for it.
+// From attention_bf16.cpp; nothing where bf16 lies in no panels.
 int64_t attention_bf16_scratch(int64_t head_dim, int64_t queries);
 int64_t attention_bf16_partial(int64_t head_dim);
 void attention_bf16(const Attention&, const AttentionPiece&, float* partial, float* scratch);

@@ -52,8 +52,8 @@ struct Product {
   Rounding as = Rounding::None;
 };
 
-// Whether few rows ask ahead for weights, and few queries for keys and values, with AVX-512: what a processor gains
-// depends on how far its own prefetching reaches, not on its instructions.
+// Whether few rows ask ahead for weights, and few queries for keys and values, with AVX-512 and AVX2: what a processor
+// gains depends on how far its own prefetching reaches, not on its instructions.
 enum class Ask { Nothing, Near, Far };  // into the first-level cache, into the second
 struct Asking {
   bool always;  // else only beside much arithmetic, and where memory is not read in order

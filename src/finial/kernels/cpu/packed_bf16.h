@@ -1,5 +1,10 @@
-// Rows rounded to bf16 and how a tile of them meets a panel, where an instruction multiplies pairs of bf16 in vectors.
-// Included by packed.cpp.
+// How a tile of rows meets a bf16 panel with the 32 registers of AVX-512, and how rows are rounded to bf16 where it
+// multiplies pairs of them; elsewhere they stay float32 (packed_f32.h). Included by packed.cpp.
+//
+// In float32 a pair of inputs of 12 rows is 48 fma, and 4 instructions that make floats of a panel's on the same two
+// ports: 92 % of the peak at most. Measured on one core of Ice Lake, 204 to 210 GFLOP/s of fma alone: 179 from the
+// first-level cache, 512 rows 158 to 162; a panel made float32 first is no faster (181), turns of 32 to 128 pairs in
+// which all tiles meet a part of the panel are slower by a tenth.
 #pragma once
 
 #include "panels.h"

@@ -1,11 +1,11 @@
-// float32 rows and how a tile of them meets a bf16 panel, where no instruction multiplies pairs of bf16. Included by
-// packed.cpp.
+// float32 rows, and how a tile of them meets a bf16 panel with the sixteen registers of AVX2 (with AVX-512: as pairs of
+// bf16 do, packed_bf16.h). Included by packed.cpp.
 //
 // A pair of inputs of a panel is 128 bytes, which shifts and masks make floats of; then one fma for each row, input and
-// vector of outputs. ROWS rows meet half a panel: 8 accumulators, just as many as hide the latency of an fma in the
-// sixteen registers of AVX2 (twelve left the compiler none for the weights), and for 16 fma 8 broadcasts, 4 loads and 4
-// instructions that make floats, which have units of their own on Zen 3. Turns of PAIRS pairs keep a panel's and a
-// tile's part in the first-level cache: with 128 pairs 12 rows ran at 68 instead of 88 GFLOP/s.
+// vector of outputs. ROWS rows meet half a panel: 8 accumulators, just as many as hide the latency of an fma (twelve
+// left the compiler none for the weights), and for 16 fma 8 broadcasts, 4 loads and 4 instructions that make floats,
+// which have units of their own on Zen 3. Turns of PAIRS pairs keep a panel's and a tile's part in the first-level
+// cache: with 128 pairs 12 rows ran at 68 instead of 88 GFLOP/s.
 // Measured on one core of an AMD EPYC (Zen 3), of 104 GFLOP/s of fma alone: 512 rows 84 to 86, 2 to 12 rows from the
 // second-level cache 81 to 90; one row reads 48 GB/s there.
 #pragma once
