@@ -34,7 +34,7 @@ def test_no_option_of_execution_changes_it(options: dict[str, object]) -> None:
     assert continuation("cpu", **options) == GOLDEN.read_text()
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512_vnni", "avx512", "amx", "neon", "neon_dot"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx2_vnni", "avx512_vnni", "avx512", "amx", "neon", "neon_dot"])
 def test_every_instruction_set_writes_it(isa: str) -> None:
     from finial import _native
 

@@ -1,8 +1,9 @@
 """The kernels' own tests (tests/native) for what the machines which test finial do not have, or not all.
 
 NEON is cross-compiled for 64-bit ARM and run by an emulator.  Needs a cross compiler and qemu-user; where they are
-missing the test is skipped, but never in CI, which installs them.  Tile registers (AMX) are emulated in plain words,
-which takes AVX-512, and compared with the registers themselves where the processor has them.
+missing the test is skipped, but never in CI, which installs them.  AVX-VNNI is emulated in plain words, which takes
+AVX2, and so are tile registers (AMX), which takes AVX-512; these are compared with the registers themselves where the
+processor has them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pytest
 
 from finial import _native
 
+ISAS = _native.isas_available()
 ROOT = Path(__file__).parents[1]
 BUILDS = ROOT / "build"  # kept: the next run compiles what changed
 NEEDED = {
@@ -71,14 +73,15 @@ def test_neon_kernels_under_an_emulator() -> None:
     assert passed and int(passed[1]) > 500
 
 
-if "avx512" in _native.isas_available():
+if "avx2" in ISAS:
 
     @pytest.mark.timeout(900)
-    def test_tile_registers_in_plain_words() -> None:
-        """Every kernel on emulated tile registers; and on the processor's own, which must give the same bits."""
-        own = [isa for isa in ("amx",) if isa in _native.isas_available()]
-        program = build("tiles", f"-DFINIAL_ISAS={';'.join(['amx_emulated', *own])}")
+    def test_instructions_in_plain_words() -> None:
+        """Every kernel on emulated instructions; tile registers' own must give the same bits."""
+        emulated = ["avx2_vnni_emulated", "avx2_vnni", *(["amx_emulated", "amx"] if "avx512" in ISAS else [])]
+        isas = [isa for isa in emulated if isa.endswith("emulated") or isa in ISAS]
+        program = build("emulated", f"-DFINIAL_ISAS={';'.join(isas)}")
         said = call(program, "--quick", seconds=600).splitlines()
-        assert said[:-1] == ["amx_emulated", *own, "threads"]
+        assert said[:-1] == [*isas, "threads"]
         passed = re.fullmatch(r"(\d+) passed, 0 failed", said[-1])
-        assert passed and int(passed[1]) > 250
+        assert passed and int(passed[1]) > 250 * len(isas)

@@ -403,8 +403,8 @@ class CpuBackend:
 
     Attributes:
         threads: how many threads a step runs on.
-        isa: instruction set of the kernels: "baseline", "avx2", "avx512_vnni" (AVX-512 without BF16), "avx512" or "amx";
-            "neon" or "neon_dot" on ARM.
+        isa: instruction set of the kernels: "baseline", "avx2", "avx2_vnni" (with AVX-VNNI), "avx512_vnni" (AVX-512
+            without BF16), "avx512" or "amx"; "neon" or "neon_dot" on ARM.
         formats: of matrices that it multiplies.
     """
 

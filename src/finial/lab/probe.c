@@ -102,6 +102,11 @@ PEAK(peak_bf16, "avx512f,avx512bf16", __m512, _mm512_setzero_ps(),
      sum[c] = _mm512_dpbf16_ps(sum[c], (__m512bh)_mm512_set1_epi16(0x3f80), (__m512bh)_mm512_set1_epi16(0x3f80)))
 PEAK(peak_i8, "avx512f,avx512vnni", __m512i, _mm512_setzero_si512(),
      sum[c] = _mm512_dpbusd_epi32(sum[c], _mm512_set1_epi8(1), _mm512_set1_epi8(1)))
+#if __GNUC__ >= 11 || __clang_major__ >= 12
+#define NARROW_I8 1
+PEAK(peak_i8_narrow, "avx2,avxvnni", __m256i, _mm256_setzero_si256(),
+     sum[c] = _mm256_dpbusd_avx_epi32(sum[c], _mm256_set1_epi8(1), _mm256_set1_epi8(1)))
+#endif
 #endif
 
 #if defined(TILES)
@@ -161,6 +166,9 @@ double peak_gops(int kind, const int* cpus, int threads, double seconds) {
   if (kind == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) work = peak_f32, lanes = 8;
   if (kind == 0 && __builtin_cpu_supports("avx512f")) work = peak_f32_wide, lanes = 16;
   if (kind == 1 && __builtin_cpu_supports("avx512bf16")) work = peak_bf16, lanes = 32;
+#if defined(NARROW_I8)
+  if (kind == 2 && __builtin_cpu_supports("avxvnni")) work = peak_i8_narrow, lanes = 32;
+#endif
   if (kind == 2 && __builtin_cpu_supports("avx512vnni")) work = peak_i8, lanes = 64;
 #endif
   if (!work || threads < 1 || threads > 256) return -1;

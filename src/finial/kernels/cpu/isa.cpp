@@ -43,6 +43,16 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 #endif
+#ifdef FINIAL_HAS_avx2_vnni_emulated
+namespace avx2_vnni_emulated {
+extern const Kernels kernels;
+}
+#endif
+#ifdef FINIAL_HAS_avx2_vnni
+namespace avx2_vnni {
+extern const Kernels kernels;
+}
+#endif
 #ifdef FINIAL_HAS_avx512_vnni
 namespace avx512_vnni {
 extern const Kernels kernels;
@@ -77,7 +87,7 @@ extern const Kernels kernels;
 namespace {
 
 struct Features {
-  bool avx2 = false, fma = false, f16c = false;
+  bool avx2 = false, fma = false, f16c = false, avx_vnni = false;
   bool avx512f = false, avx512bw = false, avx512vl = false, avx512dq = false, avx512_bf16 = false, avx512_vnni = false;
   bool amx_tile = false, amx_bf16 = false, amx_int8 = false;
   bool neon = false, dotprod = false;
@@ -152,6 +162,7 @@ Features detect() {
   f.fma = ymm && bit(one[2], 12);
   f.f16c = ymm && bit(one[2], 29);
   f.avx2 = ymm && bit(seven[1], 5);
+  f.avx_vnni = ymm && bit(seven_one[0], 4);
   f.avx512f = zmm && bit(seven[1], 16);
   f.avx512dq = zmm && bit(seven[1], 17);
   f.avx512bw = zmm && bit(seven[1], 30);
@@ -206,13 +217,20 @@ std::vector<Choice> choices() {  // slowest first
 #ifdef FINIAL_HAS_baseline
   list.push_back({&baseline::kernels, true});
 #endif
-#ifdef FINIAL_HAS_avx2
-  list.push_back({&avx2::kernels, f.avx2 && f.fma && f.f16c});
+  const bool avx2 = f.avx2 && f.fma && f.f16c;
+#ifdef FINIAL_HAS_avx2_vnni_emulated
+  list.push_back({&avx2_vnni_emulated::kernels, avx2});  // for tests
 #endif
-  const bool avx512_vnni = f.avx2 && f.fma && f.f16c && f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq &&
+#ifdef FINIAL_HAS_avx2
+  list.push_back({&avx2::kernels, avx2});
+#endif
+#ifdef FINIAL_HAS_avx2_vnni
+  list.push_back({&avx2_vnni::kernels, avx2 && f.avx_vnni});
+#endif
+  const bool avx512_vnni = avx2 && f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq &&
                            f.avx512_vnni;
   const bool avx512 = avx512_vnni && f.avx512_bf16;
-  (void)avx512_vnni, (void)avx512;
+  (void)avx2, (void)avx512_vnni, (void)avx512;
 #ifdef FINIAL_HAS_avx512_vnni
   list.push_back({&avx512_vnni::kernels, avx512_vnni});
 #endif
@@ -246,6 +264,7 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
   return {{"avx2", f.avx2},
           {"fma", f.fma},
           {"f16c", f.f16c},
+          {"avx_vnni", f.avx_vnni},
           {"avx512f", f.avx512f},
           {"avx512bw", f.avx512bw},
           {"avx512vl", f.avx512vl},

@@ -109,7 +109,7 @@ int64_t peak(Rounding kind, int64_t rounds, float* sink) {
   if (kind == Rounding::INT8) {
     // Of the sum itself, or a product apart from its addition would be computed once for all rounds.
     const I x = load_i(&one);
-#if defined(FINIAL_ISA_avx2)
+#if defined(FINIAL_AVX2)
     const I s = chains(rounds, x, [&](I a) { return multiply_pairs(a, x, a); }, add_i);
 #else
     const I s = chains(rounds, x, [&](I a) { return dot_q4(a, x, a); }, add_i);

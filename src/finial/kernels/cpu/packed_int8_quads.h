@@ -19,7 +19,7 @@
 #include "packed_int8.h"
 #include "packed_int8_tiles.h"
 
-#if defined(FINIAL_PACKS_INT8) && !defined(FINIAL_ISA_avx2)
+#if defined(FINIAL_PACKS_INT8) && !defined(FINIAL_AVX2)
 
 // Where an addition of integers costs nothing beside multiplications of bytes.
 #if defined(FINIAL_ISA_avx512)

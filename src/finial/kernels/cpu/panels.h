@@ -49,7 +49,7 @@ FINIAL_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
 struct Enough {
   int64_t rows, distance;
 };
-#if (defined(FINIAL_AVX512) || defined(FINIAL_ISA_avx2)) && defined(__GNUC__)
+#if (defined(FINIAL_AVX512) || defined(FINIAL_AVX2)) && defined(__GNUC__)
 constexpr bool ASKING = true;
 #else
 constexpr bool ASKING = false;

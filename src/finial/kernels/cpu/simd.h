@@ -28,7 +28,8 @@
 #define FINIAL_RARE __attribute__((noinline, cold))
 #endif
 
-// avx512_vnni: AVX-512 without its instructions for bf16; amx: with tile registers beside it; amx_emulated: with what
+// avx2_vnni: AVX2 with an instruction that multiplies four bytes; avx2_vnni_emulated: with plain words for it, for
+// tests. avx512_vnni: AVX-512 without its instructions for bf16; amx: with tile registers beside it; amx_emulated: with what
 // tiles.h makes of them, for tests.
 #if defined(FINIAL_ISA_amx_emulated)
 #define FINIAL_TILES_EMULATED 1
@@ -38,6 +39,13 @@
 #endif
 #if defined(FINIAL_ISA_avx512) || defined(FINIAL_ISA_avx512_vnni) || defined(FINIAL_TILES)
 #define FINIAL_AVX512 1
+#endif
+
+#if defined(FINIAL_ISA_avx2_vnni) || defined(FINIAL_ISA_avx2_vnni_emulated)
+#define FINIAL_AVX2_VNNI 1
+#endif
+#if defined(FINIAL_ISA_avx2) || defined(FINIAL_AVX2_VNNI)
+#define FINIAL_AVX2 1
 #endif
 
 namespace finial::FINIAL_ISA {
@@ -55,7 +63,7 @@ FINIAL_INLINE float bf16_to_float(const uint8_t* source) {
 
 #if defined(FINIAL_AVX512)
 #include "simd_avx512.h"
-#elif defined(FINIAL_ISA_avx2)
+#elif defined(FINIAL_AVX2)
 #include "simd_avx2.h"
 #elif defined(FINIAL_ISA_neon) || defined(FINIAL_ISA_neon_dot)
 #include "simd_neon.h"

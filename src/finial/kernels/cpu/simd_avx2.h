@@ -1,4 +1,4 @@
-// AVX2, FMA and F16C: eight floats, two accumulators, both of them in a 2 x 3 block of sixteen registers: one at a time
+// AVX2, FMA and F16C, and AVX-VNNI where it is there: eight floats, two accumulators, both of them in a 2 x 3 block of sixteen registers: one at a time
 // in 4 x 3 would load each cache line twice.
 #pragma once
 
@@ -169,7 +169,11 @@ FINIAL_INLINE V pick_high(Levels d, const uint8_t* p) {
 #define FINIAL_PACKS_INT8 1
 #define FINIAL_PACKS_F32 1  // bf16 panels take float32 rows
 using I = __m256i;
+#if defined(FINIAL_AVX2_VNNI)
+constexpr uint32_t BIAS_Q8 = 0x80808080u;  // packed bytes are q + 128, for the instruction takes them unsigned
+#else
 constexpr uint32_t BIAS_Q8 = 0;  // packed bytes are q itself
+#endif
 FINIAL_INLINE I load_i(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 FINIAL_INLINE I broadcast(const void* p) {
   int32_t word;
@@ -177,10 +181,21 @@ FINIAL_INLINE I broadcast(const void* p) {
   return _mm256_set1_epi32(word);
 }
 FINIAL_INLINE I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
-FINIAL_INLINE I start_q8(int32_t) { return _mm256_setzero_si256(); }
 FINIAL_INLINE I start_q4(int32_t offset) { return _mm256_set1_epi32(offset); }
+#if defined(FINIAL_AVX2_VNNI)
+FINIAL_INLINE I start_q8(int32_t offset) { return _mm256_set1_epi32(offset); }
+FINIAL_INLINE I dot_q4(I acc, I w, I x) {
+#if defined(FINIAL_ISA_avx2_vnni)
+  return _mm256_dpbusd_avx_epi32(acc, w, x);
+#else
+  const I low = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+  return _mm256_add_epi32(acc, _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8))));
+#endif
+}
+FINIAL_INLINE I dot_q8(I acc, I w, I x) { return dot_q4(acc, w, x); }
+#else
+FINIAL_INLINE I start_q8(int32_t) { return _mm256_setzero_si256(); }
 // Pairs of bytes are summed in 16 bits: |q| <= 128 times |x| <= 127 twice is 32512, so nothing saturates.
-FINIAL_INLINE I biased_q8(I w) { return w; }
 FINIAL_INLINE I dot_q8(I acc, I w, I x) {
   const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
@@ -188,6 +203,8 @@ FINIAL_INLINE I dot_q8(I acc, I w, I x) {
 FINIAL_INLINE I dot_q4(I acc, I w, I x) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
 }
+#endif
+FINIAL_INLINE I biased_q8(I w) { return w; }
 FINIAL_INLINE I low_nibbles(I a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 FINIAL_INLINE I high_nibbles(I a) { return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }
 // Bytes [n] of three planes to four of six bits each (packed_k.h).
@@ -205,16 +222,21 @@ FINIAL_INLINE I with_fifth(I nibbles, I bits) {
   const I at = J < 4 ? _mm256_slli_epi16(bits, J < 4 ? 4 - J : 0) : _mm256_srli_epi16(bits, J < 4 ? 0 : J - 4);
   return _mm256_or_si256(nibbles, _mm256_and_si256(at, _mm256_set1_epi8(16)));
 }
-// acc + products of four times four bytes in each lane; w of BITS bits. A pair of products is below 2^(BITS + 8), so
-// that four pairs of 5 bits (31 * 127 * 2 * 4 = 31496) and two of 6 bits stay within 16.
+// acc + products of four times four bytes in each lane; w of BITS bits. In 16 bits a pair of products is below 2^(BITS
+// + 8), so that four pairs of 5 bits (31 * 127 * 2 * 4 = 31496) and two of 6 bits stay within them.
 template <int BITS>
 FINIAL_INLINE I dot_four(I acc, const I (&w)[4], const I (&x)[4]) {
   static_assert(BITS <= 6, "pairs of pairs must fit 16 bits");
+#if defined(FINIAL_AVX2_VNNI)
+  for (int j = 0; j < 4; ++j) acc = dot_q4(acc, w[j], x[j]);
+  return acc;
+#else
   const I one = _mm256_set1_epi16(1);
   const I a = _mm256_add_epi16(_mm256_maddubs_epi16(w[0], x[0]), _mm256_maddubs_epi16(w[1], x[1]));
   const I b = _mm256_add_epi16(_mm256_maddubs_epi16(w[2], x[2]), _mm256_maddubs_epi16(w[3], x[3]));
   if (BITS <= 5) return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_add_epi16(a, b), one));
   return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(a, one), _mm256_madd_epi16(b, one)));
+#endif
 }
 FINIAL_INLINE void store_i(void* p, I a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
 FINIAL_INLINE V to_floats(I a) { return _mm256_cvtepi32_ps(a); }

@@ -33,7 +33,7 @@ FINIAL_INLINE void turn(const uint8_t* from, int64_t row_bytes, uint8_t* to) {
   }
 }
 
-#elif defined(FINIAL_ISA_avx2)
+#elif defined(FINIAL_AVX2)
 
 constexpr int64_t TURN = 8;
 
