@@ -126,8 +126,9 @@ int64_t attention_bf16_scratch(int64_t head_dim, int64_t queries) { return Room:
 int64_t attention_bf16_partial(int64_t head_dim) { return padded(head_dim) + W; }
 
 void attention_bf16(const Attention& a, const AttentionPiece& piece, float* partial, float* scratch) {
-  const int64_t queries = piece.rows * a.group, tiles = (queries + MOST - 1) / MOST;
+  const int64_t queries = piece.rows * a.group;
   Room room(a.cache.head_dim, queries, scratch);
+  const int64_t tiles = room.tiles;
   for (int64_t t = 0; t < tiles; ++t) take_queries(a, piece, {queries * t / tiles, queries * (t + 1) / tiles}, room);
   for (int64_t j = 0; j < queries; ++j) room.state[j] = {0, 0};
   for (int64_t chunk = piece.begin; chunk < piece.end; ++chunk) {

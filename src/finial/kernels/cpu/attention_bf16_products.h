@@ -16,7 +16,9 @@ constexpr int KEYS = CACHE_BLOCK / W;  // vectors of a block's keys
 constexpr int FEW = W >= 16 ? 3 : 2, SLICE = W >= 16 ? 8 : 4;
 
 // Many queries read the same chunk again and again from the second-level cache: each asks for what lies this far on.
+// So many are they if they are all of one tile, for one tile reads it from memory; with AVX-512 nine of one tile too.
 constexpr int WIDE_FROM = W >= 16 ? 9 : 3;
+constexpr bool wide(int64_t count, int64_t tiles) { return count >= WIDE_FROM && (W >= 16 || tiles > 1); }
 constexpr int64_t AHEAD = 2048;
 FINIAL_INLINE void prefetch_near(const uint8_t* p) { prefetch_line<3>(p); }
 template <Ask ASK>
@@ -167,9 +169,9 @@ void mix_all(const Two* weights, const Values& values, int64_t count, int64_t fr
 // Whole pairs [from, to) for `count` queries. Many: slices of two vectors over all of them, from the second-level
 // cache. Few: whole values, so that memory is read in order; block by block if that takes more than one go.
 void mix_pairs(const Two* weights, const Values& values, int64_t count, int64_t from, int64_t to, float* out,
-               int64_t stride, bool fetch) {
+               int64_t stride, int64_t tiles, bool fetch) {
   const int64_t vectors = values.width / W;
-  if (count >= WIDE_FROM) return mix_all(weights, values, count, from, to, out, stride, false, nullptr);
+  if (wide(count, tiles)) return mix_all(weights, values, count, from, to, out, stride, false, nullptr);
   const int64_t turns = (count + FEW - 1) / FEW;
   const auto asks = [&](int64_t i) {
     return fetch ? asks_after(values.blocks, i / PAIRS, values.width / 2) : Ask::Nothing;
@@ -197,10 +199,10 @@ void mix_half(const Two* weights, const Values& values, int64_t count, int64_t a
 }
 
 void mix_span(const Two* weights, const Values& values, int64_t count, Span span, float* out, int64_t stride,
-              bool fetch) {
+              int64_t tiles, bool fetch) {
   if (span.from >= span.to) return;
   if (span.from % 2 != 0) mix_half(weights, values, count, span.from, out, stride);
-  mix_pairs(weights, values, count, (span.from + 1) / 2, span.to / 2, out, stride, fetch);
+  mix_pairs(weights, values, count, (span.from + 1) / 2, span.to / 2, out, stride, tiles, fetch);
   if (span.to % 2 != 0) mix_half(weights, values, count, span.to - 1, out, stride);
 }
 

@@ -52,7 +52,7 @@ bool apart(const uint8_t* const* blocks, int64_t b, int64_t row) {
 
 // What a thread needs beside the cache, for pieces of `queries`.
 struct Room {
-  int64_t pairs, width, stride;
+  int64_t pairs, width, stride, tiles;
   float *scores, *sums, *added;        // [queries, LINE], [queries, stride], [queries, stride]; SPARE more of some
   uint8_t *key_blocks, *value_blocks;  // a chunk, rearranged
   uint8_t* value_copies;               // a chunk's, or what queries see of it; for tiles
@@ -72,7 +72,7 @@ struct Room {
   static int64_t pairs_of(int64_t head_dim) { return (head_dim + 2 * PAIRS_UNIT - 1) / (2 * PAIRS_UNIT) * PAIRS_UNIT; }
 
   Room(int64_t head_dim, int64_t queries, float* scratch) {
-    pairs = pairs_of(head_dim), width = padded(head_dim), stride = width + W;
+    tiles = (queries + MOST - 1) / MOST, pairs = pairs_of(head_dim), width = padded(head_dim), stride = width + W;
     scores = scratch;
     sums = scores + (queries + SPARE) * LINE;
     added = sums + queries * stride;

@@ -84,10 +84,10 @@ void score(const Room& room, const Tile& tile, bool first) {
   for (int64_t j = tile.begin; j < tile.end; ++j)
     if (room.spans[j].to > 0) from = least(from, room.spans[j].from), to = most(to, room.spans[j].to);
   for (int64_t b = from / CACHE_BLOCK; b * CACHE_BLOCK < to; ++b) {
-    const bool wide = count >= WIDE_FROM;
-    const Ask ask = !first ? Ask::Nothing : wide ? Ask::Far : asks_after(room.keys, b, room.pairs);
+    const bool far = wide(count, room.tiles);
+    const Ask ask = !first ? Ask::Nothing : far ? Ask::Far : asks_after(room.keys, b, room.pairs);
     dots_for(ask)[count](room.keys[b], room.q + tile.begin * room.pairs, room.pairs,
-                         room.scores + tile.begin * LINE + b * CACHE_BLOCK, wide ? room.values[b] : room.keys[b + 1]);
+                         room.scores + tile.begin * LINE + b * CACHE_BLOCK, far ? room.values[b] : room.keys[b + 1]);
   }
 }
 
@@ -106,13 +106,13 @@ void mix_tile(const Room& room, const Values& values, const Tile& tile, int64_t 
     for (int64_t m = tile.begin, to; m < tile.end; m = to) {
       for (to = m + 1; to < tile.end && to % group > 0;) ++to;
       mix_span(weights_of(room, m), values, to - m, part(room.spans[m]), out + (m - tile.begin) * room.stride,
-               room.stride, first);
+               room.stride, room.tiles, first);
     }
   };
   if (common.from >= common.to) return rows([](Span s) { return s; });
   rows([&](Span s) { return Span{s.from, common.from}; });
   mix_pairs(weights_of(room, tile.begin), values, tile.end - tile.begin, common.from / 2, common.to / 2, out,
-            room.stride, first);
+            room.stride, room.tiles, first);
   rows([&](Span s) { return Span{common.to, s.to}; });
 }
 
@@ -146,7 +146,7 @@ void gather(const Room& room, const Tile& tile, int64_t group, bool first, float
   }
   float* sums = left != nullptr ? left + tile.begin * room.stride : room.sums + tile.begin * room.stride;
   const bool run = values.blocks[BLOCKS - 1] == values.blocks[0] + (BLOCKS - 1) * PAIRS * values.width * 4;
-  if (count >= WIDE_FROM && whole == count && (merged == 0 || (merged == count && run))) {
+  if (wide(count, room.tiles) && whole == count && (merged == 0 || (merged == count && run))) {
     const Joining joining = merged > 0 ? join(state, fresh, count) : Joining{};
     mix_all(weights, values, count, 0, ATTENTION_CHUNK / 2, sums, room.stride, true, merged > 0 ? &joining : nullptr);
     if (merged == 0 && left == nullptr) std::copy(fresh, fresh + count, state);
