@@ -184,7 +184,8 @@ void mix_pairs(const Two* weights, const Values& values, int64_t count, int64_t 
       const int64_t m = count * turn / turns, size = count * (turn + 1) / turns - m;
       const Mix* few = narrow(turn == 0 ? now : Ask::Nothing)[size - 1];
       for (int64_t v = 0; v < vectors; v += SLICE)
-        few[least(SLICE, vectors - v) - 1](weights + m * LINE_PAIRS, values, from, end, v * W, out + m * stride, stride);
+        few[least(SLICE, vectors - v) - 1](weights + m * LINE_PAIRS, values, from, end, v * W, out + m * stride,
+                                           stride);
     }
   }
 }

@@ -1,5 +1,5 @@
-// A tile of queries of attention over a bf16 cache, in vectors: taken to pairs, their scores, and what their weights make
-// of the values. For attention_bf16.cpp.
+// A tile of queries of attention over a bf16 cache, in vectors: taken to pairs, their scores, and what their weights
+// make of the values. For attention_bf16.cpp.
 #pragma once
 
 #include "attention_bf16_products.h"

@@ -227,8 +227,7 @@ std::vector<Choice> choices() {  // slowest first
 #ifdef FINIAL_HAS_avx2_vnni
   list.push_back({&avx2_vnni::kernels, avx2 && f.avx_vnni});
 #endif
-  const bool avx512_vnni = avx2 && f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq &&
-                           f.avx512_vnni;
+  const bool avx512_vnni = avx2 && f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq && f.avx512_vnni;
   const bool avx512 = avx512_vnni && f.avx512_bf16;
   (void)avx2, (void)avx512_vnni, (void)avx512;
 #ifdef FINIAL_HAS_avx512_vnni

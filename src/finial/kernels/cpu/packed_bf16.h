@@ -29,8 +29,8 @@ constexpr int64_t ROWS_AHEAD = 1536;
 
 // c [M, PANEL] = a panel times a tile's rows. Meanwhile it asks for `ahead`, a little every AT_ONCE pairs.
 template <int M>
-void tile_bf16(const uint8_t* FINIAL_RESTRICT w, const Two* FINIAL_RESTRICT x, int64_t n_in,
-               float* FINIAL_RESTRICT c, Soon ahead) {
+void tile_bf16(const uint8_t* FINIAL_RESTRICT w, const Two* FINIAL_RESTRICT x, int64_t n_in, float* FINIAL_RESTRICT c,
+               Soon ahead) {
   V acc[M][PANEL_VECTORS];
   for (int r = 0; r < M; ++r)
     for (int v = 0; v < PANEL_VECTORS; ++v) acc[r][v] = zero();

@@ -1,5 +1,6 @@
-// int8 rows with blocks of q8_0 and q4_0 with the sixteen registers of AVX2, where bytes are multiplied in pairs that are
-// summed in 16 bits; with AVX-VNNI four bytes are summed in 32 bits by one instruction, for both. Included by packed.cpp.
+// int8 rows with blocks of q8_0 and q4_0 with the sixteen registers of AVX2, where bytes are multiplied in pairs that
+// are summed in 16 bits; with AVX-VNNI four bytes are summed in 32 bits by one instruction, for both. Included by
+// packed.cpp.
 //
 // q4_0: a nibble times a byte is below 2^11, so that a block's sixteen products of a lane stay within 16 bits (16 * 15
 // * 127 = 30480) and are widened once, not quad by quad: 8 multiplications and additions for a block of a row and a

@@ -29,8 +29,8 @@
 #endif
 
 // avx2_vnni: AVX2 with an instruction that multiplies four bytes; avx2_vnni_emulated: with plain words for it, for
-// tests. avx512_vnni: AVX-512 without its instructions for bf16; amx: with tile registers beside it; amx_emulated: with what
-// tiles.h makes of them, for tests.
+// tests. avx512_vnni: AVX-512 without its instructions for bf16; amx: with tile registers beside it; amx_emulated: with
+// what tiles.h makes of them, for tests.
 #if defined(FINIAL_ISA_amx_emulated)
 #define FINIAL_TILES_EMULATED 1
 #endif

@@ -1,5 +1,5 @@
-// AVX2, FMA and F16C, and AVX-VNNI where it is there: eight floats, two accumulators, both of them in a 2 x 3 block of sixteen registers: one at a time
-// in 4 x 3 would load each cache line twice.
+// AVX2, FMA and F16C, and AVX-VNNI where it is there: eight floats, two accumulators, both of them in a 2 x 3 block of
+// sixteen registers: one at a time in 4 x 3 would load each cache line twice.
 #pragma once
 
 #include <immintrin.h>
@@ -188,8 +188,10 @@ FINIAL_INLINE I dot_q4(I acc, I w, I x) {
 #if defined(FINIAL_ISA_avx2_vnni)
   return _mm256_dpbusd_avx_epi32(acc, w, x);
 #else
-  const I low = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
-  return _mm256_add_epi32(acc, _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8))));
+  const I low =
+      _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+  return _mm256_add_epi32(acc,
+                          _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8))));
 #endif
 }
 FINIAL_INLINE I dot_q8(I acc, I w, I x) { return dot_q4(acc, w, x); }

@@ -51,8 +51,7 @@ FINIAL_INLINE V load_bf16_even(const uint8_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
 }
 FINIAL_INLINE V load_bf16_odd(const uint8_t* p) {
-  return _mm512_castsi512_ps(
-      _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
 }
 FINIAL_INLINE void load_bf16_pair_n(const uint8_t* p, int64_t n, V& even, V& odd) {
   split_bf16(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p), even, odd);
