@@ -27,7 +27,7 @@ int main(int count, char** arguments) {
       test::test_linear(report, kernels);
       test::test_attention(report, kernels);
       test::test_layer(report, kernels);
-      if (isa != "avx2" && isa != "avx512_vnni" && isa != "avx512") continue;  // those that ask ahead
+      if (isa != "avx2" && isa != "avx512_vnni" && isa != "avx512") continue;  // each way of asking ahead
       const Asking here = asking;
       for (const Asking& other : {Asking{true, Ask::Near}, Asking{true, Ask::Far}, Asking{false, Ask::Far}}) {
         if (other.always == here.always && other.how == here.how) continue;

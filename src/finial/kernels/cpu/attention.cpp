@@ -410,9 +410,9 @@ void attention_bf16(const Attention&, const AttentionPiece&, float* partial, flo
 void attention_bf16_merge(const Attention&, const AttentionPiece&, const float* partial, float* scratch);
 
 #if defined(FINIAL_BF16_PANELS)
-constexpr bool BLOCKS = true;
+constexpr bool IN_BLOCKS = true;
 #else
-constexpr bool BLOCKS = false;
+constexpr bool IN_BLOCKS = false;
 #endif
 #if defined(FINIAL_PACKS_BF16)
 constexpr Rounding ROUNDS_TO = Rounding::BF16;
@@ -420,7 +420,7 @@ constexpr Rounding ROUNDS_TO = Rounding::BF16;
 constexpr Rounding ROUNDS_TO = Rounding::None;
 #endif
 
-bool attention_in_blocks(CacheType type) { return BLOCKS && type == CacheType::BF16; }
+bool attention_in_blocks(CacheType type) { return IN_BLOCKS && type == CacheType::BF16; }
 
 Rounding attention_rounding(CacheType type) { return attention_in_blocks(type) ? ROUNDS_TO : Rounding::None; }
 
