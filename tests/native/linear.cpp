@@ -72,13 +72,14 @@ void test_case(Report& report, const Kernels* kernels, Format format, int64_t n_
 
 // Scales that no model has, but a file may, and rows that are nothing, huge or no number: in a batch as alone.
 void test_unusual(Report& report, const Kernels* kernels, Format format) {
-  constexpr int64_t IN = 96, OUT = 40, ROWS = 61;
+  constexpr int64_t OUT = 40, ROWS = 61;
+  const int64_t IN = info(format).block == 256 ? 256 : 96, scale = format == Format::Q6_K ? 208 : 0;
   const Weight w(format, OUT, IN, 7);
   std::vector<uint8_t> bytes(static_cast<size_t>(OUT * w.linear().row_bytes));
   std::memcpy(bytes.data(), w.row(0), bytes.size());
   const uint16_t scales[] = {0x0000, 0x8000, 0x0001, 0x7BFF, 0x7C00, 0xFC00, 0x7E00, 0x8400};  // zeros to infinity, NaN
   for (size_t i = 0; i < 8; ++i)
-    std::memcpy(bytes.data() + static_cast<size_t>(w.linear().row_bytes) * (i < 4 ? i : i + 30), &scales[i], 2);
+    std::memcpy(bytes.data() + w.linear().row_bytes * static_cast<int64_t>(i < 4 ? i : i + 30) + scale, &scales[i], 2);
   Random random(9);
   Floats x = random.normals(ROWS * IN);
   for (int64_t i = 0; i < 32; ++i) {
@@ -199,10 +200,9 @@ void test_linear(Report& report, const Kernels* kernels) {
     for (int64_t rows : {1, 13, 33}) test_fused(report, kernels, format, rows, rows == 13 ? 1 : 3);
   for (Format format : {Format::BF16, Format::Q8_0, Format::Q4_0, Format::Q4_K})
     for (int64_t rows : {1, 5, 12, 17, 61, 200}) test_kept_rounded(report, kernels, format, rows, rows == 17 ? 1 : 3);
-  for (Format format : {Format::BF16, Format::Q8_0, Format::Q4_0}) {
-    test_fused(report, kernels, format, 61, 2);
-    if (format != Format::BF16) test_unusual(report, kernels, format);
-  }
+  for (Format format : {Format::BF16, Format::Q8_0, Format::Q4_0}) test_fused(report, kernels, format, 61, 2);
+  for (Format format : {Format::Q8_0, Format::Q4_0, Format::Q4_K, Format::Q5_K, Format::Q6_K})
+    test_unusual(report, kernels, format);
   // So many rows are several groups of tiles, some of which do not end with the largest of their tiles.
   for (Format format : {Format::BF16, Format::Q8_0, Format::Q4_0, Format::Q4_K})
     test_case(report, kernels, format, 34, info(format).block == 256 ? 256 : 64, false, {1, 171, 515});
@@ -220,7 +220,7 @@ void test_linear(Report& report, const Kernels* kernels) {
       for (int64_t n_in : {1, 2, 7, 15, 31, 63, 65, 127}) test_case(report, kernels, format, 3, n_in, true, few);
     if (block == 32)
       for (int64_t n_in : {32, 64, 96}) test_case(report, kernels, format, 1, n_in, true, few);
-    if (info(format).block <= 32) test_case(report, kernels, format, 40, 96, true, {47, 48, 49, 84, 169, 180});
+    test_case(report, kernels, format, 40, block == 256 ? 256 : 96, true, {23, 24, 25, 84, 169, 180});
   }
 }
 

@@ -15,8 +15,8 @@
 // multiplying instructions. int8: weights of a block stay in registers, 16 multiplying instructions of 18 that share
 // their two ports. What a decode step reads of the bandwidth is in docs/cpu.md. Measured on EPYC Genoa against
 // peak_flops of the same run: 512 rows on one core, n_in x n_out, of 236 GFLOP/s in bf16 and 473 in int8:
-//   1024 x 6144  bf16 222, q8_0 354, q4_0 372      1024 x 1024  bf16 228, q8_0 379, q4_0 381
-//   3072 x 1024  bf16 229, q8_0 381, q4_0 387
+//   1024 x 6144  bf16 222, q8_0 380, q4_0 384      1024 x 1024  bf16 228, q8_0 385, q4_0 386
+//   3072 x 1024  bf16 229, q8_0 390, q4_0 390
 // and rounding their rows takes 1.7 to 2.7 % (bf16) and 3.4 to 5 % (int8) of the time of 1024 outputs.
 #include "packed.h"
 

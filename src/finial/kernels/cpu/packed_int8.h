@@ -17,7 +17,6 @@ namespace {
 struct Q8 {
   static constexpr int WORDS = 8;  // 4-byte groups of an output's block
   static constexpr int BLOCK = 32 * 34;
-  static constexpr uint32_t ZERO = BIAS_Q8;  // four weights of 0 as they are packed
   FINIAL_INLINE void load(const uint8_t* p, I (&w)[8][PANEL_VECTORS]) {
     for (int j = 0; j < 8; ++j)
       for (int v = 0; v < PANEL_VECTORS; ++v) w[j][v] = biased_q8(load_i(p + (j * PANEL_VECTORS + v) * W * 4));
@@ -29,7 +28,6 @@ struct Q8 {
 struct Q4 {
   static constexpr int WORDS = 4;
   static constexpr int BLOCK = 32 * 18;
-  static constexpr uint32_t ZERO = 0x88888888u;
   FINIAL_INLINE void load(const uint8_t* p, I (&w)[8][PANEL_VECTORS]) {
     for (int j = 0; j < 4; ++j)
       for (int v = 0; v < PANEL_VECTORS; ++v) {
@@ -157,13 +155,11 @@ void pack_blocks(const Linear& l, uint8_t* out, int64_t first, uint32_t flip) {
   for (int64_t b = 0; b < l.n_in / 32; ++b, out += Q::BLOCK) {
     for (int64_t o = 0; o < PANEL && first + o < l.n_out; ++o) {
       const uint8_t* from = l.weight + (first + o) * l.row_bytes + b * (2 + 4 * Q::WORDS);
-      uint16_t scale;
-      std::memcpy(&scale, from, 2);
       std::memcpy(out + 2 * o, from, 2);
       for (int j = 0; j < Q::WORDS; ++j) {
         uint32_t word;
         std::memcpy(&word, from + 2 + 4 * j, 4);
-        word = (scale & 0x7FFF) == 0 ? Q::ZERO : word ^ flip;  // Table takes any scale for 0
+        word ^= flip;
         std::memcpy(out + PANEL * 2 + (j * PANEL + o) * 4, &word, 4);
       }
     }

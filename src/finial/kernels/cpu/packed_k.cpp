@@ -11,10 +11,13 @@
 // One row of AVX-512, instructions for a block of 256 inputs of 32 outputs: 128 multiplying, 192 (q4_k), 320 (q5_k),
 // 288 (q6_k) to take levels out of their bytes, some 200 for factors and ends of groups; 4608, 5632, 6720 bytes.
 // Measured on one core of EPYC Genoa, 1024 inputs and outputs: one row 39 (q4_k), 35 (q5_k) and 48 (q6_k) GB/s from the
-// second-level cache; 512 rows 305, 307 and 287 of 473 GFLOP/s, where a group's levels stay in registers while rows
-// pass by in pairs: beside a pair's 32 multiplications of bytes 12 of floats want the same units. Asking for the panel
-// early changes nothing there (4 rows, 15 GB/s both ways), and much on EPYC Turin (panels.h).
+// second-level cache; 512 rows 340, 334 and 305 of 473 GFLOP/s, where a group's levels stay in registers while rows
+// pass by in pairs: beside a row's 16 multiplications of bytes 4 of floats want the same units (q6_k 6), which makes 80
+// (73) % the most. Asking for the panel early changes nothing there (4 rows, 15 GB/s both ways), and much on EPYC Turin
+// (panels.h).
 #include "packed_k.h"
+
+#include "int8_scales.h"
 
 namespace finial::FINIAL_ISA {
 
@@ -60,8 +63,9 @@ struct Scaled {
   }
 
   FINIAL_INLINE void start(const Int8Block&, I& low, I& high) { low = high = start_q4(0); }
-  FINIAL_INLINE V add(I low, I high, V scale, V second, V, const Int8Block& x, V acc) {
-    acc = fma(to_floats(add_i(low, high)), mul(scale, set1(x.scale)), acc);
+  FINIAL_INLINE V scaled(V, V scale) { return scale; }
+  FINIAL_INLINE V add(I low, I high, V, V second, V product, const Int8Block& x, V acc) {
+    acc = fma(to_floats(add_i(low, high)), product, acc);
     return fma(second, set1(x.minimum), acc);
   }
 };
@@ -114,9 +118,9 @@ struct Q6K {
   FINIAL_INLINE void start(const Int8Block& x, I& low, I& high) {  // a level's bias of 32
     low = start_q4(4 * x.first), high = start_q4(4 * (x.offset - x.first));
   }
-  FINIAL_INLINE V add(I low, I high, V scale, V second, V d, const Int8Block& x, V acc) {
-    const V sum = fma(to_floats(high), second, mul(to_floats(low), scale));
-    return fma(sum, mul(d, set1(x.scale)), acc);
+  FINIAL_INLINE V scaled(V d, V) { return d; }
+  FINIAL_INLINE V add(I low, I high, V scale, V second, V product, const Int8Block&, V acc) {
+    return fma(fma(to_floats(high), second, mul(to_floats(low), scale)), product, acc);
   }
 };
 
@@ -140,7 +144,7 @@ FINIAL_INLINE void add_group(const uint8_t* pair, const typename K::Factors& f, 
   for (int v = 0; v < NV; ++v) {
     V scale, second;
     K::template of_group<ODD>(f, pair, group, v, scale, second);
-    acc[v] = K::add(low[v], high[v], scale, second, f.d[v], x, acc[v]);
+    acc[v] = K::add(low[v], high[v], scale, second, mul(K::scaled(f.d[v], scale), set1(x.scale)), x, acc[v]);
   }
 }
 
@@ -177,7 +181,7 @@ void one_k(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x,
 template <class K>
 struct Levels32 {
   I w[2][NV][4];
-  V scale[NV], second[NV], d[NV];
+  V scale[NV], second[NV];
 };
 
 template <class K, int ODD>
@@ -186,24 +190,26 @@ FINIAL_INLINE void take(const uint8_t* pair, const typename K::Factors& f, int g
     K::template quads<ODD, 0>(pair, v, g.w[0][v]);
     K::template quads<ODD, 1>(pair, v, g.w[1][v]);
     K::template of_group<ODD>(f, pair, group, v, g.scale[v], g.second[v]);
-    g.d[v] = f.d[v];
   }
 }
 
 // N rows with it: more sums are under way than one row has.
-template <class K, int N>
-FINIAL_INLINE void add_rows(const Levels32<K>& g, const Int8Block* x, float* c) {
+template <class K, int N, class Scale>
+FINIAL_INLINE void add_rows(const Levels32<K>& g, const Scale& scales, const Int8Block* x, float* c) {
   I low[N][NV], high[N][NV];
   for (int r = 0; r < N; ++r) {
     for (int v = 0; v < NV; ++v) K::start(x[r], low[r][v], high[r][v]);
     half_sums<K, 0>(g.w[0], x[r], low[r]);
     half_sums<K, 1>(g.w[1], x[r], high[r]);
   }
-  for (int r = 0; r < N; ++r)
+  for (int r = 0; r < N; ++r) {
+    const typename Scale::Row row = Scale::row(scales, x[r]);
     for (int v = 0; v < NV; ++v) {
       float* at = c + r * PANEL + v * W;
-      store(at, K::add(low[r][v], high[r][v], g.scale[v], g.second[v], g.d[v], x[r], load(at)));
+      const V product = Scale::product(scales, row, v);
+      store(at, K::add(low[r][v], high[r][v], g.scale[v], g.second[v], product, x[r], load(at)));
     }
+  }
 }
 
 // Rounded rows that meet a panel, tile after tile; a block's rows of a tile are neighbours.
@@ -215,12 +221,16 @@ struct Rows {
 
 // Levels are taken out of a pair of groups a thousand cycles after each other, so the processor's own prefetching has
 // forgotten the panel: what lies a pair further on is asked for, a group's share of it with the tiles of its rows.
-template <class K, int ODD>
+template <class K, int ODD, class Scale>
 FINIAL_APART void meet_group(const uint8_t* w, const typename K::Factors& f, int group, const Rows& rows, int64_t block,
                              float* FINIAL_RESTRICT c) {
   const uint8_t* pair = w + K::HEAD + group / 2 * K::PAIR;
   Levels32<K> g;
   take<K, ODD>(pair, f, group, g);
+  V scaled[NV];
+  for (int v = 0; v < NV; ++v) scaled[v] = K::scaled(f.d[v], g.scale[v]);
+  const Scale made(scaled);
+  const typename Scale::Held scales = made;
   const int64_t share = K::BYTES / GROUPS, ahead = (share + 64 * rows.tiles) / (64 * rows.tiles) * 64;
   const uint8_t* next = pair + K::PAIR + ODD * share;
   const Asked ask = rows.rows <= TILE ? asks(rows.rows, ENOUGH_K) : Asked{Ask::Nothing, 0};
@@ -229,8 +239,18 @@ FINIAL_APART void meet_group(const uint8_t* w, const typename K::Factors& f, int
   for (int64_t i = 0; i < rows.tiles; ++i) {
     if (!few) prefetch(next + i * ahead, ahead);
     const Int8Block *x = rows.x[i] + block * rows.count[i], *end = x + rows.count[i];
-    for (; x + 2 <= end; x += 2, c += 2 * PANEL) add_rows<K, 2>(g, x, c);
-    if (x < end) add_rows<K, 1>(g, x, c), c += PANEL;
+    for (; x + 2 <= end; x += 2, c += 2 * PANEL) add_rows<K, 2>(g, scales, x, c);
+    if (x < end) add_rows<K, 1>(g, scales, x, c), c += PANEL;
+  }
+}
+
+// A block of a panel with rows.
+template <class K, class Scale>
+void meet_block(const uint8_t* w, const typename K::Factors& f, const Rows& rows, int64_t block,
+                float* FINIAL_RESTRICT c) {
+  for (int i = 0; i < GROUPS; i += 2) {
+    meet_group<K, 0, Scale>(w, f, i, rows, GROUPS * block + i, c);
+    meet_group<K, 1, Scale>(w, f, i + 1, rows, GROUPS * block + i + 1, c);
   }
 }
 
@@ -253,10 +273,13 @@ void tiles_of(const uint8_t* FINIAL_RESTRICT w, const Product& p, int64_t n_in, 
     if (p.rows > TILE) expect(target, taken.rows * b / blocks, taken.rows * (b + 1) / blocks);
     typename K::Factors f;
     K::load(w, f);
-    for (int i = 0; i < GROUPS / 2; ++i) {
-      meet_group<K, 0>(w, f, 2 * i, taken, GROUPS * b + 2 * i, c);
-      meet_group<K, 1>(w, f, 2 * i + 1, taken, GROUPS * b + 2 * i + 1, c);
+#if defined(FINIAL_INT8_DIGITS)
+    if (taken.rows >= DIGITS_ROWS) {
+      meet_block<K, Digits>(w, f, taken, b, c);
+      continue;
     }
+#endif
+    meet_block<K, Multiplied>(w, f, taken, b, c);
   }
 }
 

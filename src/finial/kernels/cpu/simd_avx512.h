@@ -32,6 +32,8 @@ FINIAL_INLINE float largest(V a) { return _mm512_reduce_max_ps(a); }
 
 // a * 2^n for integral n, also where the result is subnormal or infinite.
 FINIAL_INLINE V scale_by_power(V a, V n) { return _mm512_scalef_ps(a, n); }
+// n where a = 2^n m and 1 <= m < 2; NaN for NaN.
+FINIAL_INLINE V exponent(V a) { return _mm512_getexp_ps(a); }
 // Its floor and what is beyond; scale_by_power takes the floor itself.
 FINIAL_INLINE void split_whole(V x, V& whole, V& fraction) {
   whole = x, fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
