@@ -14,12 +14,31 @@ namespace finial::FINIAL_ISA {
 
 namespace {
 
+// Quads of a block at p: all of them (load), or f(j, quad j of each output) as they come (each). In the order in which
+// they lie, whatever the compiler prefers: out of order the processor's prefetching falls behind. Not for one row.
 struct Q8 {
   static constexpr int WORDS = 8;  // 4-byte groups of an output's block
   static constexpr int BLOCK = 32 * 34;
+  static constexpr int IN_REGISTERS = 2;  // so many rows do better with `each`
+  static constexpr Enough ENOUGH{5, 16384};
+  template <bool IN_ORDER = true>
   FINIAL_INLINE void load(const uint8_t* p, I (&w)[8][PANEL_VECTORS]) {
     for (int j = 0; j < 8; ++j)
-      for (int v = 0; v < PANEL_VECTORS; ++v) w[j][v] = biased_q8(load_i(p + (j * PANEL_VECTORS + v) * W * 4));
+      for (int v = 0; v < PANEL_VECTORS; ++v) w[j][v] = quad<IN_ORDER>(p, j * PANEL_VECTORS + v);
+  }
+  template <class F>
+  FINIAL_INLINE void each(const uint8_t* p, F f) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      I w[PANEL_VECTORS];
+      for (int v = 0; v < PANEL_VECTORS; ++v) w[v] = quad<true>(p, j * PANEL_VECTORS + v);
+      f(j, w);
+    }
+  }
+  template <bool IN_ORDER>
+  FINIAL_INLINE I quad(const uint8_t*& p, int i) {
+    if (IN_ORDER) load_afresh(p);
+    return biased_q8(load_i(p + i * W * 4));
   }
   FINIAL_INLINE I start(const Int8Block& x) { return start_q8(x.offset_q8); }
   FINIAL_INLINE I dot(I acc, I w, I x) { return dot_q8(acc, w, x); }
@@ -28,12 +47,32 @@ struct Q8 {
 struct Q4 {
   static constexpr int WORDS = 4;
   static constexpr int BLOCK = 32 * 18;
+  static constexpr int IN_REGISTERS = 6;
+  static constexpr Enough ENOUGH{4, 16384};
+  template <bool IN_ORDER = true>
   FINIAL_INLINE void load(const uint8_t* p, I (&w)[8][PANEL_VECTORS]) {
     for (int j = 0; j < 4; ++j)
       for (int v = 0; v < PANEL_VECTORS; ++v) {
-        const I both = load_i(p + (j * PANEL_VECTORS + v) * W * 4);
+        const I both = quads<IN_ORDER>(p, j * PANEL_VECTORS + v);
         w[j][v] = low_nibbles(both), w[j + 4][v] = high_nibbles(both);
       }
+  }
+  template <class F>
+  FINIAL_INLINE void each(const uint8_t* p, F f) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 4; ++j) {
+      I low[PANEL_VECTORS], high[PANEL_VECTORS];
+      for (int v = 0; v < PANEL_VECTORS; ++v) {
+        const I both = quads<true>(p, j * PANEL_VECTORS + v);
+        low[v] = low_nibbles(both), high[v] = high_nibbles(both);
+      }
+      f(j, low), f(j + 4, high);
+    }
+  }
+  template <bool IN_ORDER>
+  FINIAL_INLINE I quads(const uint8_t*& p, int i) {
+    if (IN_ORDER) load_afresh(p);
+    return load_i(p + i * W * 4);
   }
   FINIAL_INLINE I start(const Int8Block& x) { return start_q4(x.offset); }
   FINIAL_INLINE I dot(I acc, I w, I x) { return dot_q4(acc, w, x); }

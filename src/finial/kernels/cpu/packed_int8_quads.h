@@ -14,6 +14,9 @@
 // 440, in hand-written assembly 490.
 #pragma once
 
+#include <array>
+#include <utility>
+
 #include "int8_scales.h"
 #include "packed_int8.h"
 #include "packed_int8_tiles.h"
@@ -26,11 +29,13 @@ namespace {
 
 // Chains in which an output's sum of a block runs, where there are registers for them: then four instructions wait for
 // each other instead of eight.
-constexpr int SPLIT = W == 16 ? 2 : 1;
+template <int N>
+constexpr int CHAINS_OF = W == 16 && N < 3 ? 2 : 1;
 
 // N rows with one block of 32 inputs of a panel: each output's sum of the block, exact, times both scales, added to c.
 template <class Q, int N, class Scale>
 FINIAL_INLINE void add_block(const I (&w)[8][PANEL_VECTORS], const Scale& scale, const Int8Block* x, float* c) {
+  constexpr int SPLIT = CHAINS_OF<N>;
   I sums[N][SPLIT][PANEL_VECTORS];
   for (int r = 0; r < N; ++r)
     for (int v = 0; v < PANEL_VECTORS; ++v)
@@ -53,29 +58,40 @@ FINIAL_INLINE void add_block(const I (&w)[8][PANEL_VECTORS], const Scale& scale,
   }
 }
 
-constexpr Enough ENOUGH_INT8{4, 16384};
-
-// c [PANEL] = a panel times one row.
-template <class Q>
-void one_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
-              float* FINIAL_RESTRICT c) {
-  const Asked ask = asks(1, ENOUGH_INT8);
-  V acc[PANEL_VECTORS];
-  for (V& a : acc) a = zero();
-  for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK, ++x) {
-    I weights[8][PANEL_VECTORS], sums[PANEL_VECTORS];
+// c [N, PANEL] = a panel times N rows: weights are used as they come, and sums and results stay in registers.
+template <class Q, int N>
+void some_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
+               float* FINIAL_RESTRICT c) {
+  const Asked ask = asks(N, Q::ENOUGH);
+  V acc[N][PANEL_VECTORS];
+  for (int r = 0; r < N; ++r)
+    for (V& a : acc[r]) a = zero();
+  for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK, x += N) {
+    I sums[N][PANEL_VECTORS];
     V scale[PANEL_VECTORS];
     stream(ask, w, Q::BLOCK);
     for (int v = 0; v < PANEL_VECTORS; ++v) scale[v] = load_f16(w + v * W * 2);
-    Q::load(w + PANEL * 2, weights);
-    for (I& s : sums) s = Q::start(*x);
-    for (int j = 0; j < 8; ++j) {
-      const I quad = broadcast(x->q + 4 * j);
-      for (int v = 0; v < PANEL_VECTORS; ++v) sums[v] = Q::dot(sums[v], weights[j][v], quad);
+    for (int r = 0; r < N; ++r)
+      for (I& s : sums[r]) s = Q::start(x[r]);
+    const auto multiply = [&](int j, const I(&quad)[PANEL_VECTORS]) {
+      for (int r = 0; r < N; ++r) {
+        const I q = broadcast(x[r].q + 4 * j);
+        for (int v = 0; v < PANEL_VECTORS; ++v) sums[r][v] = Q::dot(sums[r][v], quad[v], q);
+      }
+    };
+    if constexpr (N == 1) {
+      I quads[8][PANEL_VECTORS];
+      Q::template load<false>(w + PANEL * 2, quads);
+      for (int j = 0; j < 8; ++j) multiply(j, quads[j]);
+    } else {
+      Q::each(w + PANEL * 2, multiply);
     }
-    for (int v = 0; v < PANEL_VECTORS; ++v) acc[v] = fma(to_floats(sums[v]), mul(scale[v], set1(x->scale)), acc[v]);
+    for (int r = 0; r < N; ++r)
+      for (int v = 0; v < PANEL_VECTORS; ++v)
+        acc[r][v] = fma(to_floats(sums[r][v]), mul(scale[v], set1(x[r].scale)), acc[r][v]);
   }
-  for (int v = 0; v < PANEL_VECTORS; ++v) store(c + v * W, acc[v]);
+  for (int r = 0; r < N; ++r)
+    for (int v = 0; v < PANEL_VECTORS; ++v) store(c + r * PANEL + v * W, acc[r][v]);
 }
 
 #if !defined(FINIAL_TILES)
@@ -106,43 +122,64 @@ FINIAL_APART void add_rows(const uint8_t* FINIAL_RESTRICT p, const Scale& scale,
 
 #endif
 
-// c [rows, PANEL] = a panel times 2 to TILE rows. Without AVX-512, where their arithmetic takes about as long as
-// reading the panel, it is asked for AHEAD bytes early, a few lines with each pair of rows.
-template <class Q>
-void few_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t rows, int64_t blocks,
-              float* FINIAL_RESTRICT c) {
-#if defined(FINIAL_AVX512)
-  constexpr int64_t share = 0;
-#else
-  const int64_t share = rows * 192 < Q::BLOCK ? 0 : (Q::BLOCK + 32 * rows - 1) / (32 * rows) * 64;  // for two rows
-#endif
-  const Asked ask = asks(rows, ENOUGH_INT8);
-  for (int64_t i = 0; i < rows * PANEL; i += W) store(c + i, zero());
-  for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK) {
-    I weights[8][PANEL_VECTORS];
-    V scale[PANEL_VECTORS];
-    for (int v = 0; v < PANEL_VECTORS; ++v) scale[v] = load_f16(w + v * W * 2);
-    const Multiplied scales(scale);
-    Q::load(w + PANEL * 2, weights);
-    const uint8_t* next = w + AHEAD;
-    stream(ask, w, Q::BLOCK);
-    float* at = c;
-    int64_t r = 0;
-    for (; r + 2 <= rows; r += 2, x += 2, at += 2 * PANEL, next += share) {
-      prefetch(next, share);
-      add_block<Q, 2>(weights, scales, x, at);
-    }
-    if (r < rows) add_block<Q, 1>(weights, scales, x++, at);
+// Few rows, what two threads of EPYC Genoa read with them of 55 to 60 GB/s, 1024 inputs, in % (and before, a loop over
+// pairs whose weights the compiler loaded in an order of its own and kept on the stack): q8_0 2 rows 100 (85), 3 98
+// (90), 4 87 (74), 5 94 (78), 6 89 (79), 8 71 (64); q4_0 2 rows 99 (97), 3 92 (88), 4 76 (73), 5 63 (59). Of 32 to 36
+// GB/s 4 rows of q8_0 97 (88), 6 95 (88), 8 94 (88). What is in registers shows up in that: with results there and
+// weights as they come (some_int8) 3 to 6 rows of q8_0 read 5 to 20 % less, with weights there two read 20 % less.
+// Arithmetic alone takes 20 cycles a row and block, 22 in the second-level cache.
+//
+// Block at p of a panel with ROWS rows, N at a time; with each N of them `share` bytes at `soon` are asked for. A
+// function for each N: in one for several GCC keeps weights on the stack.
+template <class Q, int N, int ROWS>
+FINIAL_APART void add_few(const uint8_t* FINIAL_RESTRICT p, const Int8Block* FINIAL_RESTRICT x, const uint8_t* soon,
+                          int64_t share, float* FINIAL_RESTRICT c) {
+  V scale[PANEL_VECTORS];
+  for (int v = 0; v < PANEL_VECTORS; ++v) scale[v] = load_f16(p + v * W * 2);
+  I w[8][PANEL_VECTORS];
+  Q::load(p + PANEL * 2, w);
+  const Multiplied scales(scale);
+  for (int r = 0; r < ROWS; r += N, x += N, c += N * PANEL, soon += share) {
+    prefetch(soon, share);
+    add_block<Q, N>(w, scales, x, c);
   }
 }
+
+// c [ROWS, PANEL] = a panel times so many rows: four at once, or pairs, and three of an odd number. Without AVX-512,
+// where their arithmetic takes about as long as reading the panel, it is asked for AHEAD bytes early.
+template <class Q, int ROWS>
+void few_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
+              float* FINIAL_RESTRICT c) {
+  if constexpr (ROWS <= (W == 16 ? Q::IN_REGISTERS : 1)) {
+    some_int8<Q, ROWS>(w, x, blocks, c);
+  } else {
+    constexpr int OVER = ROWS % 2 == 0 ? 0 : W == 16 ? 3 : 1, FIRST = ROWS - OVER, N = W == 16 && ROWS == 4 ? 4 : 2;
+    constexpr int64_t share = W == 16 || ROWS * 192 < Q::BLOCK ? 0 : (Q::BLOCK + 32 * ROWS - 1) / (32 * ROWS) * 64;
+    const Asked ask = asks(ROWS, Q::ENOUGH);
+    for (int64_t i = 0; i < ROWS * PANEL; i += W) store(c + i, zero());
+    for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK, x += ROWS) {
+      stream(ask, w, Q::BLOCK);
+      if constexpr (FIRST > 0) add_few<Q, N, FIRST>(w, x, w + AHEAD, share, c);
+      if constexpr (OVER > 0) add_few<Q, OVER, OVER>(w, x + FIRST, w, 0, c + FIRST * PANEL);
+    }
+  }
+}
+
+using FewInt8 = void (*)(const uint8_t*, const Int8Block*, int64_t, float*);
+template <class Q, int... ROWS>
+constexpr std::array<FewInt8, TILE> few_of(std::integer_sequence<int, ROWS...>) {
+  return {{few_int8<Q, ROWS + 1>...}};
+}
+template <class Q>
+constexpr std::array<FewInt8, TILE> FEW_INT8 = few_of<Q>(std::make_integer_sequence<int, TILE>());
 
 // c [rows of the tiles, PANEL] = a panel times tiles [begin, end) of `rows` rounded rows at x.
 template <class Q>
 void tiles_int8(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT x, int64_t rows, int64_t begin,
                 int64_t end, int64_t blocks, const Target& target, float* FINIAL_RESTRICT c) {
   const Rows taken = rows_of(x, rows, begin, end, blocks);
-  if (taken.rows == 1) return one_int8<Q>(w, taken.x[0], blocks, c);
-  if (rows <= TILE) return few_int8<Q>(w, taken.x[0], taken.rows, blocks, c);
+  if (rows <= TILE || taken.rows == 1)
+    return FEW_INT8<Q>[static_cast<size_t>(taken.rows - 1)](w, taken.x[0], blocks, c);
 #if defined(FINIAL_TILES)
   (void)target;
   return meet_registers<Q>(w, taken, blocks, c);

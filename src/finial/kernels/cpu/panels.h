@@ -43,9 +43,9 @@ FINIAL_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
 // AHEAD, or if they are so many as to be much arithmetic, how far depending on the format. GB/s of two threads that
 // read 88 (EPYC Turin: always, near): one row of q4_0 83 instead of 75, four rows of q8_0 75 instead of 30, of q4_k 59
 // instead of 42. That read 64 (EPYC Genoa: from enough rows on, far): one row of q4_k 62, but 41 if it asks near and 48
-// far; four rows of q8_0 49 instead of 38, of q4_k 38 instead of 32, eight of bf16 52 instead of 42. That read 26.5
-// (Ice Lake: always, near): one row of any format 26, 24 to 25 if it asks far and 23 to 25 not at all. With AVX2 there,
-// where one row asks if the processor always gains from it: 25 to 27 instead of 20 to 24.
+// far; eight rows of q8_0 41 instead of 27, four of q4_k 38 instead of 32, eight of bf16 52 instead of 42. That
+// read 26.5 (Ice Lake: always, near): one row of any format 26, 24 to 25 if it asks far and 23 to 25 not at all. With
+// AVX2 there, where one row asks if the processor always gains from it: 25 to 27 instead of 20 to 24.
 struct Enough {
   int64_t rows, distance;
 };
