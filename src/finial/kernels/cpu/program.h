@@ -272,7 +272,11 @@ class Program {
     return rows > kernels_->blocking.tile && p.rounding != Rounding::None;
   }
   void announce(const Instruction& i, const Step& step, int thread);
-  bool take(const Instruction& i, int thread, int64_t group, int64_t least, int& other, Range& got);
+  // Units of a group are taken apart from others, at once 1 / parts of what is left but at least so many.
+  struct Taking {
+    int64_t group, parts, least;
+  };
+  bool take(const Instruction& i, int thread, const Taking& how, int& other, Range& got);
   uint64_t number(const Instruction& i) const;
   void multiply_units(const Linears& p, const Step& step, const uint8_t* x, int64_t begin, int64_t end,
                       uint8_t* scratch);
