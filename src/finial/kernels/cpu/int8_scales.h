@@ -25,6 +25,7 @@ namespace finial::FINIAL_ISA {
 
 namespace {
 
+// Multiplied for each row.
 struct Multiplied {
   using Held = Multiplied;  // in registers
   struct Row {
@@ -43,6 +44,7 @@ struct Multiplied {
 
 constexpr int64_t DIGITS_ROWS = 24;
 
+// Added up for each row.
 struct Digits {
   using Held = const Digits&;
   struct Row {

@@ -15,7 +15,8 @@ namespace finial::FINIAL_ISA {
 namespace {
 
 // Quads of a block at p: all of them (load), or f(j, quad j of each output) as they come (each). In the order in which
-// they lie, whatever the compiler prefers: out of order the processor's prefetching falls behind. Not for one row.
+// they lie, whatever the compiler prefers: out of order the processor's prefetching falls behind. For one row the
+// compiler's order reads 3 % more (EPYC Genoa).
 struct Q8 {
   static constexpr int WORDS = 8;  // 4-byte groups of an output's block
   static constexpr int BLOCK = 32 * 34;
