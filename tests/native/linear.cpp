@@ -206,6 +206,8 @@ void test_linear(Report& report, const Kernels* kernels) {
   // So many rows are several groups of tiles, some of which do not end with the largest of their tiles.
   for (Format format : {Format::BF16, Format::Q8_0, Format::Q4_0, Format::Q4_K})
     test_case(report, kernels, format, 34, info(format).block == 256 ? 256 : 64, false, {1, 171, 515});
+  // So few inputs that what is done beside a product's steps (tile registers) is not done when they end.
+  for (int64_t n_in : {32, 96}) test_case(report, kernels, Format::BF16, 300, n_in, true, {13, 16, 17, 32, 61});
   for (int f = 0; f < static_cast<int>(Format::COUNT); ++f) {
     const Format format = static_cast<Format>(f);
     const int64_t block = info(format).block;

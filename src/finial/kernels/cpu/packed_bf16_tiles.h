@@ -54,6 +54,8 @@ FINIAL_INLINE void add_steps(const uint8_t* w, const uint8_t* x0, int64_t x0_byt
   if (TWO) tile_store<2>(c + SLOT, PANEL * 4), tile_store<3>(c + SLOT + W, PANEL * 4);
 }
 
+constexpr int64_t BESIDE = 3;  // rows of a tile before that are finished beside a step
+
 // Results of tiles that wait to be finished, some rows at a time.
 struct Finisher {
   int64_t panel = 0, from = 0, rows = 0;
@@ -62,7 +64,7 @@ struct Finisher {
 
   void some(const Product& p, int64_t most) {
     const int64_t n = rows < most ? rows : most;
-    if (n == 0) return;
+    if (n <= 0) return;
     finish(p, panel, tile, from, n, first, second);
     from += n, rows -= n, first += n * PANEL, second += n * PANEL;
   }
@@ -99,8 +101,9 @@ void multiply_bf16(const Product& p, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < count; i += 2) {
           const auto beside = [&](int64_t) {
             for (int64_t k = 0; k < some; ++k, soon += 64) __builtin_prefetch(soon, 0, 2);
-            waiting.some(p, 3);
+            waiting.some(p, BESIDE);
           };
+          waiting.some(p, waiting.rows - BESIDE * (to - from));  // few steps: sums of these may overwrite its own
           const uint8_t* x0 = x[i] + from * x_bytes[i];
           const bool two = i + 1 < count;
           if (two)
