@@ -130,6 +130,7 @@ class LLM:
         graph = build_graph(config, kv_format, hidden=hidden)
         weights = weights_in(checkpoint, format)
         weight_bytes = sum(tensor.nbytes for tensor in weights.values())
+        formats = dict.fromkeys(tensor.format for tensor in weights.values() if len(tensor.shape) == 2)
         token_bytes = kv_bytes_per_token(graph)
         check_positive(max_batch=max_batch, page_size=page_size, max_step_tokens=max_step_tokens)
         free = device_memory(backend)
@@ -145,8 +146,10 @@ class LLM:
         executable = compile_graph(graph, {**weights, **constants(config)}, backend, threads)
         self._executable = executable
         self._text = checkpoint.text() if has_tokenizer(checkpoint) else None
+        generation = checkpoint.generation
+        del checkpoint, weights  # with the strings of a GGUF file's vocabulary, before the cache takes memory
         trim_heap()
-        ends = (*checkpoint.generation.eos_ids, *(self._text.eos_ids if self._text is not None else ()))
+        ends = (*generation.eos_ids, *(self._text.eos_ids if self._text is not None else ()))
         self._engine = Engine(
             executable,
             pages=pages,
@@ -169,7 +172,7 @@ class LLM:
             path=path,
             config=config,
             backend=executable.backend,
-            format="+".join(dict.fromkeys(t.format for t in weights.values() if len(t.shape) == 2)),
+            format="+".join(formats),
             kv_format=kv_format,
             threads=threads,
             load_s=time.perf_counter() - started,
@@ -180,7 +183,7 @@ class LLM:
             max_context=context,
             max_batch=max_batch,
             cache=cache,
-            generation=checkpoint.generation,
+            generation=generation,
             tokenizer=self._text is not None,
         )
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -118,12 +119,16 @@ class _Reader:
             raise self.fail(key, f"is of type {type(value).__name__}, expected a list of strings")
         if len(value) > limit:
             raise self.fail(key, f"has {len(value):,} entries, over the limit of {limit:,}")
+        if set(map(type, value)) - {str} or max(map(len, value), default=0) > MAX_TOKEN_LENGTH:
+            self.check_strings(key, value)
+        return list(value)
+
+    def check_strings(self, key: str, value: Sequence[object]) -> None:
         for i, item in enumerate(value):
             if not isinstance(item, str):
                 raise self.fail(f"{key}[{i}]", f"is of type {type(item).__name__}, expected a string")
             if len(item) > MAX_TOKEN_LENGTH:
                 raise self.fail(f"{key}[{i}]", f"has {len(item):,} characters, over the limit of {MAX_TOKEN_LENGTH:,}")
-        return list(value)
 
     def numbers(self, key: str, count: int, kinds: str) -> np.ndarray:
         value = self.metadata.get(key)
@@ -138,6 +143,15 @@ class _Reader:
         if len(array) != count:
             raise self.fail(key, f"has {len(array):,} entries, expected {count:,} as in tokenizer.ggml.tokens")
         return array
+
+    def distinct(self) -> dict[str, int]:
+        """The vocabulary where tokens are empty, which get a name, or are there twice, which is an error."""
+        vocab: dict[str, int] = {}
+        for i, token in enumerate(self.tokens):
+            other = vocab.setdefault(token or f"[EMPTY_{i}]", i)
+            if other != i:
+                raise self.fail(f"tokenizer.ggml.tokens[{i}]", f"is {token!r}, which is token {other} already")
+        return vocab
 
     def id(self, name: str, default: int | None = None) -> int | None:
         key = f"tokenizer.ggml.{name}_token_id"
@@ -154,11 +168,9 @@ class _Reader:
         self.tokens = self.strings("tokenizer.ggml.tokens", MAX_TOKENS)
         if not self.tokens:
             raise self.fail("tokenizer.ggml.tokens", "is empty")
-        self.vocab: dict[str, int] = {}
-        for i, token in enumerate(self.tokens):
-            other = self.vocab.setdefault(token or f"[EMPTY_{i}]", i)
-            if other != i:
-                raise self.fail(f"tokenizer.ggml.tokens[{i}]", f"is {token!r}, which is token {other} already")
+        self.vocab = {token: i for i, token in enumerate(self.tokens)}
+        if len(self.vocab) < len(self.tokens) or "" in self.vocab:
+            self.vocab = self.distinct()
         self.types = np.full(len(self.tokens), NORMAL)
         if model == "llama" or "tokenizer.ggml.token_type" in self.metadata:
             self.types = self.numbers("tokenizer.ggml.token_type", len(self.tokens), "iu")
@@ -202,17 +214,26 @@ class _Reader:
         return SPLITTINGS[name]
 
     def gpt2(self, kind: Splitting) -> Tokenizer:
-        key = "tokenizer.ggml.merges"
-        merges = []
-        for i, line in enumerate(self.strings(key, MAX_MERGES)):
+        return self.with_added(byte_level_bpe(self.vocab, self.merges(), kind))
+
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs of the vocabulary's own strings: copies of them would take as much memory as all the rest here."""
+        key, ids, own = "tokenizer.ggml.merges", self.vocab, list(self.vocab)
+        lines = self.strings(key, MAX_MERGES)
+        try:
+            pairs = [(own[ids[left]], own[ids[right]]) for left, right in map(methodcaller("split", " "), lines)]
+        except (ValueError, KeyError):
+            pairs = []
+        if len(pairs) == len(lines) and all(map(ids.__contains__, map("".join, pairs))):
+            return pairs
+        for i, line in enumerate(lines):
             left, space, right = line.partition(" ")
             if not space or not left or not right or " " in right:
                 raise self.fail(f"{key}[{i}]", f"is {line!r}, expected two tokens with a space between")
             for part in (left, right, left + right):
-                if part not in self.vocab:
+                if part not in ids:
                     raise self.fail(f"{key}[{i}]", f"is {line!r}, and {part!r} is not in tokenizer.ggml.tokens")
-            merges.append((left, right))
-        return self.with_added(byte_level_bpe(self.vocab, merges, kind))
+        raise AssertionError("merges that are right one by one were refused together")
 
     def llama(self, unknown: int | None) -> Tokenizer:
         key = "tokenizer.ggml.scores"
