@@ -67,9 +67,11 @@ FAKES = {
     # docs.vllm.ai: LLM, SamplingParams, LLMEngine.add_request and step, RequestOutput.prompt_logprobs
     "vllm": """
 from toy import *
+import os
 from types import SimpleNamespace as N
 __version__ = "0.0-fake"
 platforms = N(current_platform=N(device_type="cpu"))
+threads = []
 class SamplingParams:
     def __init__(self, temperature=1.0, max_tokens=16, ignore_eos=False, detokenize=True, prompt_logprobs=None):
         assert temperature == 0.0 and not detokenize
@@ -91,6 +93,7 @@ class LLM:
     def __init__(self, model, dtype, max_model_len, max_num_seqs, skip_tokenizer_init, enable_prefix_caching,
                  max_logprobs, disable_log_stats):
         assert skip_tokenizer_init and dtype in ("auto", "bfloat16", "float16", "float32")
+        assert threads == [1] and os.environ["OMP_NUM_THREADS"] == "1"
         self.llm_engine, self.most = Engine(), max_logprobs
     def generate(self, prompts, params, use_tqdm=True):
         assert params.prompt_logprobs <= self.most
@@ -231,6 +234,8 @@ TOP = 20
 def test_adapter_on_a_fake_of_its_engine(name: str, tmp_path: Path) -> None:
     (tmp_path / "toy.py").write_text(MODEL)
     (tmp_path / f"{name}.py").write_text(FAKES[name])
+    if name == "vllm":  # which has its threads from torch
+        (tmp_path / "torch.py").write_text("def set_num_threads(n): import vllm; vllm.threads.append(n)")
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]
     worker = Worker([sys.executable, str(ADAPTERS / ADAPTER[name])], {"PYTHONPATH": str(tmp_path)})
     try:

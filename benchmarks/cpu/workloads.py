@@ -11,7 +11,14 @@ from dataclasses import replace
 from finial.lab.workloads import DEMO, SHAPE, Group, Workload
 
 FORMATS = ("bf16", "q8_0", "q4_0", "q4_k_m")
-RIVALS = ("llama.cpp", "OpenVINO GenAI", "onnxruntime-genai", "transformers eager", "transformers compiled")
+RIVALS = (
+    "llama.cpp",
+    "OpenVINO GenAI",
+    "onnxruntime-genai",
+    "vLLM",
+    "transformers eager",
+    "transformers compiled",
+)
 ENGINES = ("finial", *RIVALS)
 
 _DECODE = Workload("decode at depth 32", "decode", slow=True)

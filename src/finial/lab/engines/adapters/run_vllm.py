@@ -12,6 +12,7 @@ from typing import Any
 # One process: a step's outputs come straight from it, and its memory is counted with it.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
+import torch
 import vllm
 from serve import Clock, serve, top
 from vllm import LLM, SamplingParams
@@ -37,6 +38,9 @@ class Session:
         if not cache:
             raise ValueError("vLLM always keeps a cache")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(KV_GB))
+        # Without the variable vLLM goes on with one thread of torch's once it has started.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
         dtype = TYPES.get(format, "auto")
         self._llm = LLM(
             model=model,
