@@ -203,24 +203,21 @@ void store_blocked(const Cache& cache, const float* keys, const float* values, c
   const int64_t n = cache.head_dim, heads = cache.kv_heads;
   for (int64_t i = begin; i < end; ++i) {
     if (i % heads == 0 && i + RUN * heads <= end && n % 32 == 0 && is_run(slots + i / heads)) {
-      const int64_t slot = slots[i / heads], page = slot / cache.page_size, at = slot % cache.page_size;
-      const int64_t block = at / CACHE_BLOCK * CACHE_BLOCK * cache.row_bytes();
-      for (int64_t head = 0; head < heads; ++head)
-        store_run(keys + (i + head) * n, values + (i + head) * n, heads * n, n,
-                  cache.keys(page, head) + block + at % CACHE_BLOCK * 4,
-                  cache.values(page, head) + block + at % CACHE_BLOCK / 2 * n * 4);
+      for (int64_t head = 0; head < heads; ++head) {
+        const Cache::Blocked to = cache.blocked_at(slots[i / heads], head);
+        store_run(keys + (i + head) * n, values + (i + head) * n, heads * n, n, to.key, to.value);
+      }
       i += RUN * heads - 1;
       continue;
     }
-    const int64_t slot = slots[i / heads], page = slot / cache.page_size, head = i % heads;
-    const int64_t at = slot % cache.page_size, block = at / CACHE_BLOCK * CACHE_BLOCK * cache.row_bytes();
-    uint8_t* k = cache.keys(page, head) + block + at % CACHE_BLOCK * 4;
-    uint8_t* v = cache.values(page, head) + block + at % CACHE_BLOCK / 2 * n * 4;
+    const int64_t slot = slots[i / heads];
+    auto [k, v] = cache.blocked_at(slot, i % heads);
     for (int64_t d = 0; d < n; d += W) {
       uint8_t words[2 * W];
       store_bf16(words, load(keys + i * n + d));
       for (int64_t w = 0; w < W / 2; ++w, k += CACHE_BLOCK * 4) std::memcpy(k, words + 4 * w, 4);
-      store_bf16_halves(v + d * 4, load(values + i * n + d), at % 2 != 0);  // the other half is another thread's
+      const bool second = slot % cache.page_size % 2 != 0;  // the other half is another thread's
+      store_bf16_halves(v + d * 4, load(values + i * n + d), second);
     }
   }
 }

@@ -116,6 +116,17 @@ struct Cache {
   uint8_t* keys(int64_t page, int64_t head) const { return place(page, head, 0); }
   uint8_t* values(int64_t page, int64_t head) const { return place(page, head, 1); }
 
+  // A position in a blocked cache: its key's pairs of elements lie 4 CACHE_BLOCK bytes apart, its value's elements side
+  // by side with those of the position that makes the pair.
+  struct Blocked {
+    uint8_t *key, *value;
+  };
+  Blocked blocked_at(int64_t slot, int64_t head) const {
+    const int64_t page = slot / page_size, at = slot % page_size, within = at % CACHE_BLOCK;
+    const int64_t block = (at - within) * row_bytes();
+    return {keys(page, head) + block + within * 4, values(page, head) + block + within / 2 * head_dim * 4};
+  }
+
  private:
   uint8_t* place(int64_t page, int64_t head, int64_t which) const {
     const int64_t in_group = page % group, first = page - in_group, in_chunk = in_group % chunk;

@@ -170,6 +170,7 @@ void one_k(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x,
     for (int p = 0; p < GROUPS / 2; ++p, x += 2) {
       const uint8_t* pair = w + K::HEAD + p * K::PAIR;
       if (ASKS) stream_part<K>(ask, w, p, GROUPS / 2);
+      keep_near(x + 3), keep_near(x + 4);
       add_group<K, 0>(pair, f, 2 * p, x[0], acc);
       add_group<K, 1>(pair, f, 2 * p + 1, x[1], acc);
     }

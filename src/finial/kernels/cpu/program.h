@@ -272,14 +272,15 @@ class Program {
     return rows > kernels_->blocking.tile && p.rounding != Rounding::None;
   }
   void announce(const Instruction& i, const Step& step, int thread);
-  // Units of a group are taken apart from others, at once 1 / parts of what is left but at least so many.
+  // Units of a group are taken apart from others, at once some quarters of what is left but at least so many.
   struct Taking {
-    int64_t group, parts, least;
+    int64_t group, quarters, least;
   };
   bool take(const Instruction& i, int thread, const Taking& how, int& other, Range& got);
   uint64_t number(const Instruction& i) const;
   void multiply_units(const Linears& p, const Step& step, const uint8_t* x, int64_t begin, int64_t end,
                       uint8_t* scratch);
+  void expect_writes(const Instruction& i, const Step& step, int thread) const;
   void multiply_few(const Instruction& i, const Step& step, int thread);
   void multiply_many(const Instruction& i, const Step& step, int thread);
   const uint8_t* prepare(const Linears& p, const Step& step, int64_t rows, int thread, uint8_t*& scratch);

@@ -260,7 +260,7 @@ void Program::execute(const Instruction& i, const Step& step, int thread) {
       float* scratch = step.scratch + thread * step.scratch_stride;
       if (!i.barrier) announce(i, step, thread);
       int other = 0;
-      for (Range got; take(i, thread, {1, 1, 1}, other, got);) {
+      for (Range got; take(i, thread, {1, 4, 1}, other, got);) {
         const AttentionPlan::Share& piece = plan.piece(got.begin);
         kernels_->attention(a, piece.piece, piece.whole < 0 ? nullptr : partials_.floats() + piece.partial, scratch);
         if (piece.whole >= 0 && plan.last_of(piece.whole)) {
