@@ -593,6 +593,20 @@ def test_damaged_metadata(key: str, value: Any, what: str) -> None:
         Text.from_gguf(metadata, "model.gguf")
 
 
+def test_empty_tokens_get_a_name_as_in_llama_cpp() -> None:
+    metadata = byte_metadata()
+    tokens = [*metadata[T + "tokens"], "", ""]
+    metadata |= {T + "tokens": tokens, T + "token_type": np.array([1] * (len(tokens) - 3) + [3, 1, 1], np.int32)}
+    text = Text.from_gguf(metadata, "model.gguf")
+    he, end = tokens.index("he"), tokens.index("<|end|>")
+    assert text.encode("he<|end|>") == [he, end], "a merge is found, and what lies before the empty ones"
+    assert text.decode([he, end + 1, he]) == f"he[EMPTY_{end + 1}]he"
+    assert text.vocab_size == len(tokens)
+    metadata[T + "tokens"] = [*tokens[:-2], "he", ""]
+    with pytest.raises(FileError, match=rf"tokens\[{end + 1}\] is 'he', which is token {he} already"):
+        Text.from_gguf(metadata, "model.gguf")
+
+
 @pytest.mark.parametrize(
     ("key", "value", "what"),
     [
