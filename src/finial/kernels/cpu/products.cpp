@@ -117,7 +117,7 @@ void Program::multiply_few(const Instruction& i, const Step& step, int thread) {
   uint8_t* scratch = reinterpret_cast<uint8_t*>(step.scratch + thread * step.scratch_stride);
   if (!i.barrier) announce(i, step, thread);
   const uint8_t* x = prepare(p, step, rows, thread, scratch);
-  expect_writes(i, step, thread);
+  if (rows <= kernels_->blocking.tile) expect_writes(i, step, thread);
   int other = 0;
   for (Range units; take(i, thread, {MOST_UNITS, 3, rows > kernels_->blocking.tile ? 4 : 1}, other, units);)
     multiply_units(p, step, x, units.begin, units.end, scratch);
