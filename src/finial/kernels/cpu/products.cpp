@@ -10,17 +10,11 @@ namespace {
 
 constexpr int64_t AHEAD = int64_t{256} << 10;  // of weights asked for by who waits: a part of a second-level cache
 
-void fetch(const float* p) {
+enum class For { Reading, Writing };
+template <For WHAT = For::Reading>
+void fetch(const void* p) {
 #if defined(__GNUC__)
-  __builtin_prefetch(p, 0, 2);
-#else
-  (void)p;
-#endif
-}
-
-void fetch_to_write(const uint8_t* p) {
-#if defined(__GNUC__)
-  __builtin_prefetch(p, 1, 2);
+  __builtin_prefetch(p, WHAT == For::Writing, 2);
 #else
   (void)p;
 #endif
@@ -68,8 +62,8 @@ const uint8_t* Program::prepare(const Linears& p, const Step& step, int64_t rows
 // Units of a product for this thread: of its own share from the beginning, then of others' from their end. At once a
 // part of what is left, so that it gets smaller towards the end, and never of two groups. False: nothing is left that
 // may be taken. Taking waits for all that was loaded and stored, and memory stands still: few rows take three quarters
-// (a step of q4_0 at 58 GB/s 0.985 of the time with halves, as those 0.97 of quarters), many rows, where that is
-// nothing beside a unit, one.
+// (a step of q4_0 at 58 GB/s 0.985 of the time with halves; those read at 96.7 % of 35 GB/s, quarters at 94), many
+// rows, where that is nothing beside a unit, one.
 bool Program::take(const Instruction& i, int thread, const Taking& how, int& other, Range& got) {
   constexpr uint64_t UNIT = MOST_UNITS - 1;
   for (const int threads = pool_->threads(); other < threads; ++other) {
@@ -104,8 +98,8 @@ void Program::expect_writes(const Instruction& i, const Step& step, int thread) 
     const Range part = share(count, thread, pool_->threads());
     for (int64_t h = part.begin; h < part.end; ++h) {
       const Cache::Blocked to = cache.blocked_at(slots[h / cache.kv_heads], h % cache.kv_heads);
-      for (int64_t pair = 0; pair < cache.head_dim / 2; ++pair) fetch_to_write(to.key + pair * CACHE_BLOCK * 4);
-      for (int64_t at = 0; at < cache.head_dim * 4; at += LINE_BYTES) fetch_to_write(to.value + at);
+      for (int64_t pair = 0; pair < cache.head_dim / 2; ++pair) fetch<For::Writing>(to.key + pair * CACHE_BLOCK * 4);
+      for (int64_t at = 0; at < cache.head_dim * 4; at += LINE_BYTES) fetch<For::Writing>(to.value + at);
     }
   }
 }

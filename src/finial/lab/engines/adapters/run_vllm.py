@@ -38,9 +38,10 @@ class Session:
         if not cache:
             raise ValueError("vLLM always keeps a cache")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(KV_GB))
-        # Without the variable vLLM goes on with one thread of torch's once it has started.
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        torch.set_num_threads(threads)
+        self.device = vllm.platforms.current_platform.device_type
+        if self.device == "cpu":  # without the variable vLLM goes on with one thread of torch's: right for a GPU alone
+            os.environ["OMP_NUM_THREADS"] = str(threads)
+            torch.set_num_threads(threads)
         dtype = TYPES.get(format, "auto")
         self._llm = LLM(
             model=model,
@@ -54,7 +55,6 @@ class Session:
             **(options or {}),
         )
         self._ids = itertools.count()
-        self.device = vllm.platforms.current_platform.device_type
         self.precision = f"{dtype} weights, activations and KV cache (its defaults)"
 
     def run(self, prompts: list[list[int]], new: int, keep: bool) -> dict[str, Any]:
