@@ -58,6 +58,7 @@ enum class Ask { Nothing, Near, Far };  // into the first-level cache, into the 
 struct Asking {
   bool always;  // else only beside much arithmetic, and where memory is not read in order
   Ask how;
+  int64_t distance = 8192;  // of weights, in bytes, if always
 };
 extern Asking asking;  // what this processor gains from (isa.cpp); tests try the others
 

@@ -2,12 +2,13 @@
 // bf16 do, packed_bf16.h). Included by packed.cpp.
 //
 // A pair of inputs of a panel is 128 bytes, which shifts and masks make floats of; then one fma for each row, input and
-// vector of outputs. ROWS rows meet half a panel: 8 accumulators, just as many as hide the latency of an fma (twelve
-// left the compiler none for the weights), and for 16 fma 8 broadcasts, 4 loads and 4 instructions that make floats,
-// which have units of their own on Zen 3. Turns of PAIRS pairs keep a panel's and a tile's part in the first-level
-// cache: with 128 pairs 12 rows ran at 68 instead of 88 GFLOP/s.
-// Measured on one core of an AMD EPYC (Zen 3), of 104 GFLOP/s of fma alone: 512 rows 84 to 86, 2 to 12 rows from the
-// second-level cache 81 to 90; one row reads 48 GB/s there.
+// vector of outputs. Up to ROWS rows meet half a panel: 12 accumulators, more than the 8 that hide the latency of an
+// fma, two registers of weights and one of a row (add_halves of pairs.h), and for 24 fma 12 broadcasts, 4 loads and 4
+// instructions that make floats, which have units of their own on Zen 3. Turns of PAIRS pairs keep a panel's and a
+// tile's part in the first-level cache: with 128 pairs 12 rows ran at 68 instead of 88 GFLOP/s.
+// Measured on one core of an AMD EPYC (Zen 3), of 104 GFLOP/s of fma alone, best of many, weights in the second-level
+// cache: 12 rows 95, 6 rows 94, 4 and 8 rows 85 (8 accumulators; before, in turn, 87, 73, 85), 168 rows of 3072 inputs
+// 91 (82); one row reads 46 GB/s there. Three rows of a whole panel, 12 accumulators too, spill: 64 instead of 71.
 #pragma once
 
 #include "panels.h"
@@ -21,7 +22,7 @@ namespace {
 #if !defined(FINIAL_AVX512)
 
 constexpr int64_t PAIRS = 64;  // of inputs at a time: 8 KiB of a panel, 6 of a tile
-constexpr int ROWS = 4;
+constexpr int ROWS = 6;
 
 // Few rows have a whole panel's accumulators.
 constexpr int vectors_with(int rows) { return rows <= 2 ? PANEL_VECTORS : PANEL_VECTORS / 2; }
@@ -36,7 +37,7 @@ void add_pairs(const uint8_t* FINIAL_RESTRICT w, const Two* FINIAL_RESTRICT x, i
     const uint8_t* from = w + v * W * 4;
     const Two* at = x;
     V acc[M][N];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < M; ++r)
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) acc[r][i] = first ? zero() : load(c + r * PANEL + (v + i) * W);
@@ -44,7 +45,7 @@ void add_pairs(const uint8_t* FINIAL_RESTRICT w, const Two* FINIAL_RESTRICT x, i
       if (v == 0) stream(ask, from, PANEL * 4);
       add_pair(from, at, 1, acc);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < M; ++r)
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) store(c + r * PANEL + (v + i) * W, acc[r][i]);
@@ -52,7 +53,8 @@ void add_pairs(const uint8_t* FINIAL_RESTRICT w, const Two* FINIAL_RESTRICT x, i
 }
 
 using AddPairs = void (*)(const uint8_t*, const Two*, int64_t, int64_t, bool, const Asked&, float*);
-constexpr AddPairs ADD_PAIRS[ROWS + 1] = {nullptr, add_pairs<1>, add_pairs<2>, add_pairs<3>, add_pairs<4>};
+constexpr AddPairs ADD_PAIRS[ROWS + 1] = {nullptr,      add_pairs<1>, add_pairs<2>, add_pairs<3>,
+                                          add_pairs<4>, add_pairs<5>, add_pairs<6>};
 
 // c [rows, PANEL] = a panel times a tile's rows. Meanwhile it asks for `ahead`, a part with each turn.
 void meet_bf16(int64_t rows, const uint8_t* w, const uint8_t* x, int64_t n_in, float* c, Soon ahead) {

@@ -47,8 +47,39 @@ struct Two {  // what a row brings: neighbours
   float first, second;
 };
 
+#if defined(FINIAL_AVX2)
+
+// acc[r][v] += the even ones, or the odd ones, of pair v at w, times row r's. Where sixteen registers hold twelve sums,
+// each step stays where it stands, or the compiler takes some to memory and back.
+template <bool ODD, int M, int N>
+FINIAL_INLINE void add_halves(const uint8_t*& w, const Two*& x, int64_t step, V (&acc)[M][N]) {
+  V floats[N];
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) {
+    floats[v] = ODD ? load_bf16_odd(w + v * W * 4) : load_bf16_even(w + v * W * 4);
+    keep_in_register(floats[v]);
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < M; ++r) {
+    V a = set1(ODD ? x[r * step].second : x[r * step].first);
+    keep_in_register(a);
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) acc[r][v] = fma(floats[v], a, acc[r][v]), keep_in_register(acc[r][v]);
+    load_afresh(x);
+  }
+  load_afresh(w), load_afresh(x);
+}
+
+#endif
+
 template <int M, int N>
 FINIAL_INLINE void add_pair(const uint8_t* w, const Two* x, int64_t step, V (&acc)[M][N]) {
+#if defined(FINIAL_AVX2)
+  if constexpr (M > 2) {
+    add_halves<false>(w, x, step, acc), add_halves<true>(w, x, step, acc);
+    return;
+  }
+#endif
   if constexpr (M > N || W < 16) {  // the even ones of all, then the odd ones, loaded once more: few registers
     V floats[N];
 #pragma GCC unroll 8
