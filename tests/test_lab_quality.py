@@ -15,7 +15,7 @@ from finial.cli import invoke
 from finial.errors import FileError, ModelError, RequestError
 from finial.files.checkpoint import open_checkpoint
 from finial.lab.engines.table import ENGINES, Places
-from finial.lab.quality import BASES, Quality, Scored, Written, assess
+from finial.lab.quality import BASES, Quality, Scored, Written, assess, not_the_models
 from finial.lab.quality_engines import judge_all
 from finial.lab.quality_run import EngineScorer, Judge, open_worker, reference_kind
 from finial.lab.quality_texts import Text, cut, file_text, passage_text, sampled_text
@@ -64,6 +64,16 @@ class Exactly(Toy):
 
     def score(self, ids: Sequence[int]) -> Any:
         return self.logits(ids)
+
+
+def test_one_choice_says_nothing_of_rounded_weights() -> None:
+    """A model of random weights that repeats itself: rounding moved its one choice to where a random one might be."""
+    rows = np.random.default_rng(3).normal(size=(16, VOCABULARY)).astype(np.float32)
+    repeated = [(row[None].repeat(9, 0), [int(np.abs(row - row.mean()).argmin())] * 9) for row in rows]
+    assert not_the_models("text", repeated[:1], "q4_0") == not_the_models("text", repeated[:3], "q4_0") == ""
+    assert "of the way to random tokens" in not_the_models("text", repeated[:8], "q4_0")
+    assert not_the_models("text", [*repeated[:1], (rows, rows.argmax(-1).tolist())], "q4_0") == ""
+    assert not_the_models("text", repeated[:1], "bf16") and not_the_models("text", repeated[:1], "stored")
 
 
 def judged(basis: str, noise: float, **changes: Any) -> Quality:

@@ -173,6 +173,16 @@ def test_positions_of_several_texts_are_one_verdict() -> None:
 
 def test_regret_is_a_share_of_the_way_to_random_tokens() -> None:
     logits = np.random.default_rng(0).normal(size=(200, 1000)).astype(np.float32)
-    assert regret(logits, logits.argmax(-1)) == 0
-    assert regret(logits, np.random.default_rng(1).integers(0, 1000, 200)) == pytest.approx(1, abs=0.1)
-    assert not regret(np.full((2, 4), np.nan, np.float32), [0, 1]) <= 1, "not a number is not small"
+    best, random = logits.argmax(-1), np.random.default_rng(1).integers(0, 1000, 200)
+    assert regret([(logits, best)]) == 0
+    assert regret([(logits, random)]) == pytest.approx(1, abs=0.1)
+    assert regret([(logits, best), (logits, random)]) == pytest.approx(0.5, abs=0.1)
+    assert not regret([(np.full((2, 4), np.nan, np.float32), [0, 1])]) <= 1, "not a number is not small"
+
+
+def test_a_repeated_token_is_regretted_once() -> None:
+    row = np.random.default_rng(0).normal(size=(1, 1000)).astype(np.float32)
+    best, other = int(row.argmax()), int(np.abs(row - row.mean()).argmin())
+    assert regret([(row.repeat(2, 0), [best, other])]) == pytest.approx(0.5, abs=0.01)
+    assert regret([(row.repeat(10, 0), [best] + [other] * 9)]) == pytest.approx(0.5, abs=0.01)
+    assert regret([(row, [best]), (row.repeat(9, 0), [other] * 9)]) == pytest.approx(0.5, abs=0.01)

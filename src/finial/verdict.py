@@ -202,16 +202,23 @@ def first_divergence(reference: Logits, tokens: Sequence[int]) -> Divergence | N
     return Divergence(at, token, best, float(reference[at, best]) - float(reference[at, token]))
 
 
-def regret(reference: Logits, tokens: Sequence[int]) -> float:
-    """How far a text is on its way from the reference's own choices to random ones; NaN stays NaN.
+def regret(texts: Sequence[tuple[Logits, Sequence[int]]]) -> float:
+    """How far texts are on their way from the reference's own choices to random ones; NaN stays NaN.
+
+    A token counts once in a text, however often the text repeats it: a model that repeats itself has chosen once.
 
     Args:
-        reference: float32 [N, V], its predictions for each of the N tokens.
+        texts: at least one token in all; of each the reference's predictions, float32 [N, V], and its N tokens.
     """
-    rows = np.asarray(reference, np.float64)
-    best, mean = rows.max(axis=-1), rows.mean(axis=-1)
-    picked = rows[np.arange(len(rows)), np.asarray(tokens, np.int64)]
-    return float((best - picked).mean() / max((best - mean).mean(), 1e-9))
+    lost, possible = 0.0, 0.0
+    for reference, tokens in texts:
+        rows, ids = np.asarray(reference, np.float64), np.asarray(tokens, np.int64)
+        best, mean = rows.max(axis=-1), rows.mean(axis=-1)
+        _, which, times = np.unique(ids, return_inverse=True, return_counts=True)
+        weights = 1 / times[which]
+        lost += float(weights @ (best - rows[np.arange(len(rows)), ids]))
+        possible += float(weights @ (best - mean))
+    return lost / max(possible, 1e-9)
 
 
 def perplexity(rows: Rows) -> Perplexity | None:

@@ -33,8 +33,9 @@ PROMPT = 32  # ids of a text that the greedy text continues
 
 # Bounds of the regret of an engine's greedy text (finial.verdict); another model's text or none is close to 1.  Weights
 # as stored stay far below the first.  Weights rounded to a few bits are held against the checkpoint that they were made
-# from, and random weights forgive rounding least.
-REGRET, REGRET_ROUNDED = 0.25, 0.75
+# from, and random weights forgive rounding least: one choice of theirs can be as far off as a random token, and
+# fewer than CHOICES of them say nothing.
+REGRET, REGRET_ROUNDED, CHOICES = 0.25, 0.75, 4
 EXACT = ("stored", "bf16", "f16", "f32")
 
 BASES = {
@@ -157,7 +158,7 @@ def assess(
         flaws.append(f"logits that are not numbers at {int(np.isnan(rows.kl).sum())} of {len(rows.kl)} positions")
     elif np.isinf(rows.kl).any():
         flaws.append("tokens that the reference deems possible have no probability at all")
-    foreign = not_the_models("greedy text", along, written.tokens, scorer.format)
+    foreign = not_the_models("greedy text", [(along, written.tokens)], scorer.format)
     flaws += [foreign] if foreign else []
     return Quality(
         engine=scorer.engine,
@@ -177,15 +178,16 @@ def assess(
     )
 
 
-def not_the_models(what: str, along: Logits, tokens: Sequence[int], format: str) -> str:
-    """The flaw of a text that this model would not write in this format; empty when it would.
+def not_the_models(what: str, texts: Sequence[tuple[Logits, Sequence[int]]], format: str) -> str:
+    """The flaw of texts that this model would not write in this format; empty when it would, or they say too little.
 
     Args:
-        what: its name in the sentence.
-        along: float32 [N, V], the reference's predictions for each of the N tokens.
+        what: their name in the sentence.
+        texts: of each float32 [N, V], the reference's predictions for each of the N tokens, and those.
     """
-    found = regret(along, tokens)
-    if found <= (REGRET if format in EXACT else REGRET_ROUNDED):
+    found, exact = regret(texts), format in EXACT
+    choices = sum(len(set(tokens)) for _, tokens in texts)
+    if found <= (REGRET if exact else REGRET_ROUNDED) or (not exact and choices < CHOICES):
         return ""
     return f"{what} is not this model's: {found:.0%} of the way to random tokens"
 

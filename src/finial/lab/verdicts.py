@@ -16,10 +16,11 @@ from finial.errors import FinialError
 from finial.files.checkpoint import open_checkpoint
 from finial.lab import quality_run
 from finial.lab.engines.table import Places
-from finial.lab.quality import Quality, not_the_models
+from finial.lab.quality import EXACT, Quality, not_the_models
 from finial.lab.record import Cell, Divergence, Verdict
 from finial.lab.worker import Worker, WorkerError
 from finial.lab.workloads import Group, prompts
+from finial.verdict import Logits
 
 RUN_S = 300.0
 # A text and a greedy continuation that fit the shortest context that a run loads engines with, 128 positions.
@@ -86,20 +87,27 @@ class Judge:
     def _measured(
         self, judge: quality_run.Judge, group: Group, name: str, cells: Sequence[Cell]
     ) -> tuple[str, list[list[int]]]:
-        """The flaw of what it generated while it was timed, in the shallowest cell with tokens, and those tokens."""
+        """The flaw of what it generated while it was timed, and those tokens.
+
+        The shallowest cell with tokens is looked at; of rounded weights the next ones too as long as all look wrong.
+        """
         vocab_size = open_checkpoint(self._places.checkpoint(group.model)).config.vocab_size
+        names: list[str] = []
+        texts: list[tuple[Logits, list[int]]] = []
+        flaw = ""
         for cell in sorted(cells, key=lambda cell: max(cell.workload.prompt_lengths)):
             row = cell.engines.get(name)
             sample = next((s for s in row.samples if s.tokens), None) if row is not None else None
             if sample is None or max(cell.workload.prompt_lengths) > MEASURED_DEPTH or cell.workload.kind == "serve":
                 continue
             assert sample.tokens is not None
-            what = f"measured text ({cell.workload.name})"
+            names.append(cell.workload.name)
             pairs = zip(prompts(cell.workload, vocab_size, 0), sample.tokens, strict=True)
-            flaws = [not_the_models(what, judge.along(p, tokens), tokens, group.format) for p, tokens in pairs]
-            flaw = next(filter(None, flaws), "")
-            return flaw, sample.tokens if flaw else []
-        return "", []
+            texts += [(judge.along(prompt, tokens), tokens) for prompt, tokens in pairs]
+            flaw = not_the_models(f"measured text ({', '.join(names)})", texts, group.format)
+            if not flaw or group.format in EXACT:
+                break
+        return flaw, [tokens for _, tokens in texts] if flaw else []
 
 
 def recorded(found: Quality) -> Verdict:
