@@ -81,9 +81,9 @@ void mix(const Two* weights, const Values& values, int64_t from, int64_t to, int
   while (from < to) {
     const uint8_t* value = values.blocks[from / PAIRS] + (from % PAIRS * values.width + d) * 4;
     const int64_t end = least(to, (from / PAIRS + 1) * PAIRS);
-    const uint8_t* next =
-        ASK != Ask::Nothing ? value + (values.blocks[from / PAIRS + 1] - values.blocks[from / PAIRS]) : value;
-    for (; from < end; ++from, value += values.width * 4, next += values.width * 4) {
+    const uint8_t* next =  // all slices of a block together ask for the next one, in order
+        ASK != Ask::Nothing ? values.blocks[from / PAIRS + 1] + (d * PAIRS + from % PAIRS * N * W) * 4 : value;
+    for (; from < end; ++from, value += values.width * 4, next += N * W * 4) {
       for (int v = 0; v < N; ++v) ask<ASK>(next + v * W * 4);
       add_pair(value, weights + from, LINE_PAIRS, acc);
     }
