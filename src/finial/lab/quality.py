@@ -185,11 +185,15 @@ def not_the_models(what: str, texts: Sequence[tuple[Logits, Sequence[int]]], for
         what: their name in the sentence.
         texts: of each float32 [N, V], the reference's predictions for each of the N tokens, and those.
     """
-    found, exact = regret(texts), format in EXACT
-    choices = sum(len(set(tokens)) for _, tokens in texts)
-    if found <= (REGRET if exact else REGRET_ROUNDED) or (not exact and choices < CHOICES):
-        return ""
-    return f"{what} is not this model's: {found:.0%} of the way to random tokens"
+    bound, together = REGRET, [[text] for text in texts]  # each text must be the model's
+    if format not in EXACT:
+        bound, together = REGRET_ROUNDED, [list(texts)]
+        if sum(len(set(tokens)) for _, tokens in texts) < CHOICES:
+            return ""
+    for found in map(regret, together):
+        if not found <= bound:  # or not a number
+            return f"{what} is not this model's: {found:.0%} of the way to random tokens"
+    return ""
 
 
 def _rows(
