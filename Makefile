@@ -50,8 +50,9 @@ $(VENV)/check-packages: $(VENV)/test-packages
 demo: $(VENV)/package
 	$(BIN)/finial run demo -p "ROMEO:" --max-tokens 160 --seed 1 --stats --verify
 
+# Two files at a time: most tests keep one core busy.
 test: $(VENV)/test-packages
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(VENV)/check-packages
 	$(BIN)/ruff format --check .
