@@ -117,20 +117,26 @@ struct Joining {
 };
 
 // The same for many queries and `pairs` pairs in one run of memory; from nothing if FRESH, joined to what is there if
-// `joining` is not null.
+// `joining` is not null. Unless loops over sums are unrolled from the first, AVX2's lie on the stack.
 template <int M, int N, bool FRESH>
 void mix_wide(const Two* FINIAL_RESTRICT weights, const uint8_t* FINIAL_RESTRICT value, int64_t row, int64_t pairs,
               float* FINIAL_RESTRICT out, int64_t stride, const Joining* joining) {
   V acc[M][N];
+#pragma GCC unroll 12
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
     for (int v = 0; v < N; ++v) acc[m][v] = FRESH ? zero() : load(out + m * stride + v * W);
   for (int64_t i = 0; i < pairs; ++i, value += row) add_pair(value, weights + i, LINE_PAIRS, acc);
   if (joining == nullptr) {
+#pragma GCC unroll 12
     for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
       for (int v = 0; v < N; ++v) store(out + m * stride + v * W, acc[m][v]);
     return;
   }
+#pragma GCC unroll 12
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
     for (int v = 0; v < N; ++v) {
       float* y = out + m * stride + v * W;
       store(y, fma(acc[m][v], set1(joining->take[m]), mul(load(y), set1(joining->keep[m]))));
