@@ -28,11 +28,15 @@ constexpr int ROWS = 6;
 constexpr int vectors_with(int rows) { return rows <= 2 ? PANEL_VECTORS : PANEL_VECTORS / 2; }
 
 // c [M of a tile's rows, PANEL] += `pairs` pairs of a panel times rows `stride` pairs apart; = where they are the
-// first.
-template <int M>
+// first. One or two rows have the panel pass by once and ask for what lies further on. More have it pass by in `passes`,
+// the first of which would ask for all and leave memory idle during the others: where ASKS, each asks for an equal part,
+// at `soon`.
+template <int M, bool ASKS>
 void add_pairs(const uint8_t* FINIAL_RESTRICT w, const Two* FINIAL_RESTRICT x, int64_t stride, int64_t pairs,
-               bool first, const Asked& ask, float* FINIAL_RESTRICT c) {
+               bool first, const uint8_t* soon, int64_t passes, float* FINIAL_RESTRICT c) {
   constexpr int N = vectors_with(M);
+  const Asked ask = asks(M, {TILE + 1, 0});
+  const int64_t step = PANEL * 4 / passes;
   for (int v = 0; v < PANEL_VECTORS; v += N) {
     const uint8_t* from = w + v * W * 4;
     const Two* at = x;
@@ -42,7 +46,8 @@ void add_pairs(const uint8_t* FINIAL_RESTRICT w, const Two* FINIAL_RESTRICT x, i
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) acc[r][i] = first ? zero() : load(c + r * PANEL + (v + i) * W);
     for (int64_t k = 0; k < pairs; ++k, from += PANEL * 4, at += stride) {
-      if (v == 0) stream(ask, from, PANEL * 4);
+      if (ASKS && N == PANEL_VECTORS) stream(ask, from, PANEL * 4);
+      if (ASKS && N < PANEL_VECTORS) stream({Ask::Far, 0}, soon, 64), soon += step;
       add_pair(from, at, 1, acc);
     }
 #pragma GCC unroll 6
@@ -52,23 +57,31 @@ void add_pairs(const uint8_t* FINIAL_RESTRICT w, const Two* FINIAL_RESTRICT x, i
   }
 }
 
-using AddPairs = void (*)(const uint8_t*, const Two*, int64_t, int64_t, bool, const Asked&, float*);
-constexpr AddPairs ADD_PAIRS[ROWS + 1] = {nullptr,      add_pairs<1>, add_pairs<2>, add_pairs<3>,
-                                          add_pairs<4>, add_pairs<5>, add_pairs<6>};
+using AddPairs = void (*)(const uint8_t*, const Two*, int64_t, int64_t, bool, const uint8_t*, int64_t, float*);
+template <bool ASKS>
+constexpr AddPairs ADD_PAIRS[ROWS + 1] = {nullptr,
+                                          add_pairs<1, ASKS>,
+                                          add_pairs<2, ASKS>,
+                                          add_pairs<3, ASKS>,
+                                          add_pairs<4, ASKS>,
+                                          add_pairs<5, ASKS>,
+                                          add_pairs<6, ASKS>};
 
-// c [rows, PANEL] = a panel times a tile's rows. Meanwhile it asks for `ahead`, a part with each turn.
+// c [rows, PANEL] = a panel times a tile's rows. Meanwhile it asks for `ahead`, a part with each turn, or, where that is
+// nothing, for the next turn's part of the panel.
 void meet_bf16(int64_t rows, const uint8_t* w, const uint8_t* x, int64_t n_in, float* c, Soon ahead) {
-  const int64_t pairs = (n_in + 1) / 2, groups = (rows + ROWS - 1) / ROWS;
+  const int64_t pairs = (n_in + 1) / 2, groups = (rows + ROWS - 1) / ROWS, passes = 2 * groups;
   const int64_t part = ((ahead.end - ahead.begin) * PAIRS / pairs + 64) / 64 * 64;
   const Two* at = reinterpret_cast<const Two*>(x);
-  const Asked first = asks(rows, {TILE + 1, 0}), others{Ask::Nothing, 0};
-  for (int64_t k = 0; k < pairs; k += PAIRS) {
+  const bool asked = ahead.begin < ahead.end;
+  for (int64_t k = 0; k < pairs; k += PAIRS, w += PAIRS * PANEL * 4) {
     const int64_t count = pairs - k < PAIRS ? pairs - k : PAIRS;
     if (ahead.begin < ahead.end) prefetch(ahead.begin, part), ahead.begin += part;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t row = rows * g / groups, some = rows * (g + 1) / groups - row;
-      ADD_PAIRS[some](w + k * PANEL * 4, at + k * rows + row, rows, count, k == 0, g == 0 ? first : others,
-                      c + row * PANEL);
+      const uint8_t* soon = w + (PAIRS + count * g / groups) * PANEL * 4;
+      (asked ? ADD_PAIRS<false> : ADD_PAIRS<true>)[some](w, at + k * rows + row, rows, count, k == 0, soon, passes,
+                                                         c + row * PANEL);
     }
   }
 }
