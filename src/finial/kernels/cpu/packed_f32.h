@@ -28,15 +28,13 @@ constexpr int ROWS = 6;
 constexpr int vectors_with(int rows) { return rows <= 2 ? PANEL_VECTORS : PANEL_VECTORS / 2; }
 
 // c [M of a tile's rows, PANEL] += `pairs` pairs of a panel times rows `stride` pairs apart; = where they are the
-// first. One or two rows have the panel pass by once and ask for what lies further on. More have it pass by in `passes`,
-// the first of which would ask for all and leave memory idle during the others: where ASKS, each asks for an equal part,
-// at `soon`.
+// first. One or two rows, which the panel passes once, ask for what lies further on. More are passed twice: where ASKS,
+// a line is asked for with every pair of each pass, the first at `soon`, `step` bytes apart.
 template <int M, bool ASKS>
 void add_pairs(const uint8_t* FINIAL_RESTRICT w, const Two* FINIAL_RESTRICT x, int64_t stride, int64_t pairs,
-               bool first, const uint8_t* soon, int64_t passes, float* FINIAL_RESTRICT c) {
+               bool first, const uint8_t* soon, int64_t step, float* FINIAL_RESTRICT c) {
   constexpr int N = vectors_with(M);
   const Asked ask = asks(M, {TILE + 1, 0});
-  const int64_t step = PANEL * 4 / passes;
   for (int v = 0; v < PANEL_VECTORS; v += N) {
     const uint8_t* from = w + v * W * 4;
     const Two* at = x;
@@ -67,21 +65,27 @@ constexpr AddPairs ADD_PAIRS[ROWS + 1] = {nullptr,
                                           add_pairs<5, ASKS>,
                                           add_pairs<6, ASKS>};
 
-// c [rows, PANEL] = a panel times a tile's rows. Meanwhile it asks for `ahead`, a part with each turn, or, where that is
-// nothing, for the next turn's part of the panel.
+constexpr int64_t AT_ONCE = 1024;  // bytes
+
+// c [rows, PANEL] = a panel times a tile's rows. Meanwhile it asks for `ahead`, a part with each turn, or, where that
+// is nothing, for the panel's part of the next turn: evenly over the turn's passes, or memory would be idle during the
+// others, but for parts so small that they may be asked for at once.
 void meet_bf16(int64_t rows, const uint8_t* w, const uint8_t* x, int64_t n_in, float* c, Soon ahead) {
-  const int64_t pairs = (n_in + 1) / 2, groups = (rows + ROWS - 1) / ROWS, passes = 2 * groups;
+  const int64_t pairs = (n_in + 1) / 2, groups = (rows + ROWS - 1) / ROWS;
   const int64_t part = ((ahead.end - ahead.begin) * PAIRS / pairs + 64) / 64 * 64;
   const Two* at = reinterpret_cast<const Two*>(x);
-  const bool asked = ahead.begin < ahead.end;
   for (int64_t k = 0; k < pairs; k += PAIRS, w += PAIRS * PANEL * 4) {
     const int64_t count = pairs - k < PAIRS ? pairs - k : PAIRS;
-    if (ahead.begin < ahead.end) prefetch(ahead.begin, part), ahead.begin += part;
-    for (int64_t g = 0; g < groups; ++g) {
+    const bool other = ahead.begin < ahead.end;
+    const uint8_t* soon = other ? ahead.begin : w + PAIRS * PANEL * 4;
+    const int64_t bytes = other ? part : count * PANEL * 4, step = bytes / (2 * groups * count);
+    const bool evenly = bytes > AT_ONCE;
+    if (other) ahead.begin += part;
+    if (!evenly) prefetch(soon, bytes);
+    for (int64_t g = 0; g < groups; ++g, soon += 2 * step * count) {
       const int64_t row = rows * g / groups, some = rows * (g + 1) / groups - row;
-      const uint8_t* soon = w + (PAIRS + count * g / groups) * PANEL * 4;
-      (asked ? ADD_PAIRS<false> : ADD_PAIRS<true>)[some](w, at + k * rows + row, rows, count, k == 0, soon, passes,
-                                                         c + row * PANEL);
+      (evenly ? ADD_PAIRS<true> : ADD_PAIRS<false>)[some](w, at + k* rows + row, rows, count, k == 0, soon, step,
+                                                          c + row* PANEL);
     }
   }
 }
