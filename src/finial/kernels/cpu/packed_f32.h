@@ -9,6 +9,13 @@
 // Measured on one core of an AMD EPYC (Zen 3), of 104 GFLOP/s of fma alone, best of many, weights in the second-level
 // cache: 12 rows 95, 6 rows 94, 4 and 8 rows 85 (8 accumulators; before, in turn, 87, 73, 85), 168 rows of 3072 inputs
 // 91 (82); one row reads 46 GB/s there. Three rows of a whole panel, 12 accumulators too, spill: 64 instead of 71.
+//
+// Three rows and more have the panel's part pass by two to four times, and each pass asks for as much of what comes
+// next: when the first asked for all, memory was idle during the others. GB/s from memory, two threads that read 34 to
+// 36 and 58 to 61 (an EPYC (Zen 4) with AVX2 alone), before and now, in turn, medians: 3 rows 16.7 and 25.0, 4 rows
+// 16.4 and 23.8, 6 rows 13.4 and 18.6, 8 rows 9.6 and 12.2, 12 rows 7.8 and 9.5, 16 rows 6.5 and 7.5, 24 rows 5.2 and
+// 6.6. Not kept: eight rows of one vector (4 to 8 % slower), a panel's part in float32 for all tiles (12 rows 19 %, 168
+// rows 2 % slower).
 #pragma once
 
 #include "panels.h"
