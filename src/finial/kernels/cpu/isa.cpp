@@ -195,8 +195,9 @@ unsigned family() {
 }
 #endif
 
-// Measured: Zen 3 (AMD's last without AVX-512; panels.h), Zen 4 (attention_bf16.cpp too), Zen 5, Intel processors with
-// tile registers and Ice Lake; the next ones are taken to be like the last of their maker, those before Zen 3 like it.
+// Measured: Zen 3 (AMD's last without AVX-512; panels.h; Zen 4 with AVX2 alone reads one row alike whatever it asks),
+// Zen 4 (attention_bf16.cpp too), Zen 5, Intel processors with tile registers and Ice Lake; the next ones are taken to
+// be like the last of their maker, those before Zen 3 like it.
 Asking asking_here() {
 #ifdef FINIAL_X86
   if (made_by_amd() && !features().avx512f) return {true, Ask::Far, 1280};

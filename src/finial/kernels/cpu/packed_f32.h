@@ -89,10 +89,10 @@ void meet_bf16(int64_t rows, const uint8_t* w, const uint8_t* x, int64_t n_in, f
     const bool evenly = bytes > AT_ONCE;
     if (other) ahead.begin += part;
     if (!evenly) prefetch(soon, bytes);
+    const AddPairs* add = evenly ? ADD_PAIRS<true> : ADD_PAIRS<false>;
     for (int64_t g = 0; g < groups; ++g, soon += 2 * step * count) {
       const int64_t row = rows * g / groups, some = rows * (g + 1) / groups - row;
-      (evenly ? ADD_PAIRS<true> : ADD_PAIRS<false>)[some](w, at + k* rows + row, rows, count, k == 0, soon, step,
-                                                          c + row* PANEL);
+      add[some](w, at + k * rows + row, rows, count, k == 0, soon, step, c + row * PANEL);
     }
   }
 }
