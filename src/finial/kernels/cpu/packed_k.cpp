@@ -20,8 +20,9 @@
 // registers while rows pass by, where otherwise a group's 32 lie in memory. GB/s on one core of an AMD EPYC (Zen 3),
 // and before, in turn, medians: from the second-level cache q4_k 2 rows 11.1 (7.1), 3 rows 10.9 (8.9), 4 rows 6.5
 // (5.2); q5_k 9.8 (6.4), 11.9 (9.0), 5.3 (4.4); q6_k 12.1 (9.3), 10.4 (7.9), 9.0 (7.9); from memory with two threads
-// that read 26 to 29 q4_k 17.0 (12.0), 12.9 (10.2), 9.2 (7.7), q6_k 17.4 (15.9), 14.4 (12.8), 9.8 (9.1). One row is 15
-// % slower so, and many 10 %.
+// that read 26 to 29 q4_k 17.0 (12.0), 12.9 (10.2), 9.2 (7.7), q6_k 17.4 (15.9), 14.4 (12.8), 9.8 (9.1). One row of
+// q4_k is 15 % slower so, and many 10 %. On a Zen 4 with AVX2 alone, from memory, one row of q5_k, which is done so,
+// takes 0.88 to 0.93 of the time (1.04 from the second-level cache), of q6_k 1.16 to 1.21, of q4_k 0.91 to 0.99.
 #include "packed_k.h"
 
 #include "int8_scales.h"
@@ -223,10 +224,10 @@ FINIAL_INLINE void add_few(const uint8_t*& pair, const typename K::Factors& f, i
   load_afresh(pair);
 }
 
-// c [N, PANEL] = a panel times 2 to 4 rows.
+// c [N, PANEL] = a panel times up to 4 rows. A function of its own, so that its registers are.
 template <class K, int N>
-void few_k(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
-           float* FINIAL_RESTRICT c) {
+FINIAL_APART void few_k(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
+                        float* FINIAL_RESTRICT c) {
   const Asked ask = asks(N, ENOUGH_K);
   for (int64_t i = 0; i < N * PANEL; i += W) store(c + i, zero());
   for (int64_t b = 0; b < blocks; ++b, w += K::BYTES) {
@@ -336,6 +337,10 @@ void tiles_of(const uint8_t* FINIAL_RESTRICT w, const Product& p, int64_t n_in, 
     taken.rows += t.count;
   }
   const int64_t blocks = n_in / 256;
+#if defined(FINIAL_AVX2)
+  if constexpr (K::LEVEL_BITS == 5)
+    if (taken.rows == 1) return few_k<K, 1>(w, taken.x[0], blocks, c);
+#endif
   if (taken.rows == 1)
     return (asks(1, ENOUGH_K).how == Ask::Nothing ? one_k<K, false> : one_k<K, true>)(w, taken.x[0], blocks, c);
 #if defined(FINIAL_AVX2)  // more rows, or these as the last of many, meet a group's levels in memory
