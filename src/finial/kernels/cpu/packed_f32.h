@@ -72,7 +72,7 @@ constexpr AddPairs ADD_PAIRS[ROWS + 1] = {nullptr,
                                           add_pairs<5, ASKS>,
                                           add_pairs<6, ASKS>};
 
-constexpr int64_t AT_ONCE = 1024;  // bytes
+constexpr int64_t AT_ONCE = 1024;  // bytes that are asked for in one go at most
 
 // c [rows, PANEL] = a panel times a tile's rows. Meanwhile it asks for `ahead`, a part with each turn, or, where that
 // is nothing, for the panel's part of the next turn: evenly over the turn's passes, or memory would be idle during the

@@ -22,7 +22,7 @@
 // (5.2); q5_k 9.8 (6.4), 11.9 (9.0), 5.3 (4.4); q6_k 12.1 (9.3), 10.4 (7.9), 9.0 (7.9); from memory with two threads
 // that read 26 to 29 q4_k 17.0 (12.0), 12.9 (10.2), 9.2 (7.7), q6_k 17.4 (15.9), 14.4 (12.8), 9.8 (9.1). One row of
 // q4_k is 15 % slower so, and many 10 %. On a Zen 4 with AVX2 alone, from memory, one row of q5_k, which is done so,
-// takes 0.88 to 0.93 of the time (1.04 from the second-level cache), of q6_k 1.16 to 1.21, of q4_k 0.91 to 0.99.
+// takes 0.79 to 0.93 of the time (1.04 from the second-level cache), of q6_k 1.16 to 1.21, of q4_k 0.91 to 0.99.
 #include "packed_k.h"
 
 #include "int8_scales.h"
@@ -224,7 +224,7 @@ FINIAL_INLINE void add_few(const uint8_t*& pair, const typename K::Factors& f, i
   load_afresh(pair);
 }
 
-// c [N, PANEL] = a panel times up to 4 rows. A function of its own, so that its registers are.
+// c [N, PANEL] = a panel times up to 4 rows. A function of its own: inlined, GCC has too few registers for it.
 template <class K, int N>
 FINIAL_APART void few_k(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
                         float* FINIAL_RESTRICT c) {
