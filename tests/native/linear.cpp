@@ -119,14 +119,16 @@ void test_unusual(Report& report, const Kernels* kernels, Format format) {
 }
 
 // Products that share a normalised input, one of them gated by another, to one of them something added: the same bits
-// as one operation after the other. The second weight of a K-quant is of another format than the others; what is gated
-// lies panel by panel beside what gates it.
+// as one operation after the other. The second weight of a K-quant and of q4_0 is of another format than the others;
+// what is gated lies panel by panel beside what gates it.
 void test_fused(Report& report, const Kernels* kernels, Format format, int64_t rows, int threads) {
   constexpr int64_t WIDE = 75, NARROW = 34;
   const bool k_quant = info(format).block == 256;
   const int64_t IN = k_quant ? 512 : 96;
   const bool packed = kernels->rounding(format) != Rounding::None;
-  const Format other_format = !k_quant ? format : format == Format::Q6_K ? Format::Q8_0 : Format::Q6_K;
+  const Format other_format = format == Format::Q6_K || format == Format::Q4_0 ? Format::Q8_0
+                              : k_quant                                        ? Format::Q6_K
+                                                                               : format;
   const Weight w1(format, WIDE, IN, 1), w2(other_format, WIDE, IN, 2), w3(format, NARROW, IN, 3);
   Random random(4);
   const Floats x = random.normals(rows * IN), more = random.normals(rows * NARROW), norm = random.normals(IN),

@@ -26,6 +26,7 @@
 #include "packed_f32.h"
 #include "packed_int8_pairs.h"
 #include "packed_int8_quads.h"
+#include "packed_int8_tiles.h"
 #include "packed_k.h"
 #include "panels_bf16.h"
 
@@ -226,6 +227,13 @@ void unpack(const Linear& l, int64_t row, float* out) {
 void multiply(const Product& p, int64_t begin, int64_t end) {
 #if defined(FINIAL_BF16_PANELS)
   if (p.first->format == Format::BF16) return multiply_bf16(p, begin, end);
+#endif
+#if defined(FINIAL_TILES)
+  const Format format = p.first->format;
+  if (p.rows > TILE && (p.second == nullptr || p.second->format == format)) {
+    if (format == Format::Q8_0) return multiply_int8<Q8>(p, begin, end);
+    if (format == Format::Q4_0) return multiply_int8<Q4>(p, begin, end);
+  }
 #endif
   alignas(64) float first[GROUP * TILE * PANEL], second[GROUP * TILE * PANEL];
   const int64_t row = tile_of(p.rows, p.begin).first;

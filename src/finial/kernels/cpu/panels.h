@@ -12,12 +12,14 @@ constexpr int PANEL_VECTORS = static_cast<int>(PANEL) / W;
 constexpr int64_t TILE = 16;   // rows of a tile register
 constexpr int64_t GROUP = 32;  // a panel's results, 64 KiB
 constexpr int64_t GROUP_BYTES = int64_t{1280} << 10;
+constexpr int64_t STRIP = 2;  // panels that share a register of int8 rows
 #else
 constexpr int64_t TILE = 12;   // 24 accumulators of the 32 registers
 constexpr int64_t GROUP = 14;  // a panel's results, at most 21 KiB, stay in the first-level cache
 constexpr int64_t GROUP_BYTES = int64_t{640} << 10;
+constexpr int64_t STRIP = 1;
 #endif
-constexpr Blocking BLOCKING{TILE, GROUP, GROUP_BYTES};
+constexpr Blocking BLOCKING{TILE, GROUP, GROUP_BYTES, STRIP};
 
 // Rounded rows of one tile: tile i of `tiles(rows)` lies `first` rows behind the first one, `count` rows of it.
 struct Tile {

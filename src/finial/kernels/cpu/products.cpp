@@ -122,7 +122,7 @@ Program::Many Program::many(const Linears& p, int64_t rows) const {
   const int64_t row = rounded_bytes(p.rounding, buffers_[static_cast<size_t>(p.x)].width), count = tiles(rows, b),
                 most = std::clamp<int64_t>(b.group_bytes / (b.tile * row), 1, b.group),
                 groups = (count + most - 1) / most;
-  const int64_t all = p.edges.back(), several = all * groups / MOST_UNITS + 1;
+  const int64_t all = p.edges.back(), several = (all * groups / MOST_UNITS + b.panels) / b.panels * b.panels;
   return {count, groups, several, (all + several - 1) / several};
 }
 
