@@ -1,26 +1,16 @@
 // What a product makes of a panel's sums: their bias, a gate, an addition; or the next product's rounded rows. Included
-// by packed.cpp.
+// by packed.cpp and packed_k.cpp.
 #pragma once
 
-#include "packed_bf16.h"
-#include "packed_f32.h"
-#include "packed_int8.h"
-#include "rows_bf16_tiles.h"
+#include "panels.h"
 #include "vector_exp.h"
 
 #if defined(FINIAL_PACKS_INT8)
 
 namespace finial::FINIAL_ISA {
 
-void round_tile(Rounding rounding, const float* x, int64_t n_in, int64_t rows, uint8_t* tile) {
-#if defined(FINIAL_PACKS_BF16)
-  if (rounding == Rounding::BF16) return round_bf16(x, n_in, rows, tile);
-#endif
-#if defined(FINIAL_PACKS_F32)
-  if (rounding == Rounding::F32) return arrange_rows(x, n_in, rows, tile);
-#endif
-  if (rounding == Rounding::INT8) round_int8(x, n_in, rows, tile);
-}
+// A tile's rows as the next product takes them (packed.cpp).
+void round_tile(Rounding rounding, const float* x, int64_t n_in, int64_t rows, uint8_t* tile);
 
 namespace {
 

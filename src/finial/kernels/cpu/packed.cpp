@@ -29,6 +29,7 @@
 #include "packed_int8_tiles.h"
 #include "packed_k.h"
 #include "panels_bf16.h"
+#include "rows_bf16_tiles.h"
 
 namespace finial::FINIAL_ISA {
 
@@ -134,6 +135,16 @@ void multiply(const Product&, int64_t, int64_t) {}
 
 #else
 
+void round_tile(Rounding rounding, const float* x, int64_t n_in, int64_t rows, uint8_t* tile) {
+#if defined(FINIAL_PACKS_BF16)
+  if (rounding == Rounding::BF16) return round_bf16(x, n_in, rows, tile);
+#endif
+#if defined(FINIAL_PACKS_F32)
+  if (rounding == Rounding::F32) return arrange_rows(x, n_in, rows, tile);
+#endif
+  if (rounding == Rounding::INT8) round_int8(x, n_in, rows, tile);
+}
+
 namespace {
 
 // c [rows of the product's tiles, PANEL] = panel `panel` of a matrix times them.
@@ -231,8 +242,9 @@ void multiply(const Product& p, int64_t begin, int64_t end) {
 #if defined(FINIAL_TILES)
   const Format format = p.first->format;
   if (p.rows > TILE && (p.second == nullptr || p.second->format == format)) {
-    if (format == Format::Q8_0) return multiply_int8<Q8>(p, begin, end);
-    if (format == Format::Q4_0) return multiply_int8<Q4>(p, begin, end);
+    if (format == Format::Q8_0) return multiply_tiles<ByBlocks<Q8>>(p, begin, end);
+    if (format == Format::Q4_0) return multiply_tiles<ByBlocks<Q4>>(p, begin, end);
+    if ((format == Format::Q4_K || format == Format::Q5_K) && p.rows >= K_TILES) return multiply_k(p, begin, end);
   }
 #endif
   alignas(64) float first[GROUP * TILE * PANEL], second[GROUP * TILE * PANEL];

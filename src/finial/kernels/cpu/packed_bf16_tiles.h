@@ -10,6 +10,7 @@
 #pragma once
 
 #include "finish.h"
+#include "rows_bf16_tiles.h"
 #include "tiles.h"
 
 #if defined(FINIAL_TILES)

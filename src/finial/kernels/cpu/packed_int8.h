@@ -79,26 +79,6 @@ struct Q4 {
   FINIAL_INLINE I dot(I acc, I w, I x) { return dot_q4(acc, w, x); }
 };
 
-// Rounded rows that meet a panel, tile after tile; a block's rows of a tile are neighbours.
-struct Rows {
-  const Int8Block* x[GROUP];  // block 0 of each tile
-  int64_t count[GROUP];       // rows of each
-  int64_t tiles, rows;
-};
-
-// Tiles [begin, end) of `rows` rounded rows at x.
-FINIAL_INLINE Rows rows_of(const uint8_t* x, int64_t rows, int64_t begin, int64_t end, int64_t blocks) {
-  Rows taken;
-  taken.tiles = end - begin, taken.rows = 0;
-  for (int64_t i = begin; i < end; ++i) {
-    const Tile t = tile_of(rows, i);
-    taken.x[i - begin] = reinterpret_cast<const Int8Block*>(x) + t.first * blocks;
-    taken.count[i - begin] = t.count;
-    taken.rows += t.count;
-  }
-  return taken;
-}
-
 constexpr float LEAST = 7.9e-31f;       // about 2^-100: a block of this scale is zero to any result that matters
 constexpr uint32_t DROPPED = 1u << 19;  // the bits of a float below five significant ones
 

@@ -1,4 +1,5 @@
-// int8 rows times q8_0 and q4_0 panels in tile registers: for more than a few rows. Included by packed.cpp.
+// int8 rows times panels in tile registers: for more than a few rows. What formats differ in is their kind: q8_0 and
+// q4_0 here, K-quants in packed_k_tiles.h. Included by packed.cpp and packed_k.cpp.
 //
 // A block of 32 inputs is half a register deep, and its sums are scaled before they meet the next one's, exactly as
 // packed_int8_quads.h does, so the bits are the same. For 16 rows, 16 outputs and a block: a product (16 cycles), a
@@ -17,7 +18,6 @@
 #pragma once
 
 #include "finish.h"
-#include "packed_int8.h"
 #include "tiles.h"
 
 #if defined(FINIAL_TILES)
@@ -26,42 +26,22 @@ namespace finial::FINIAL_ISA {
 
 namespace {
 
-constexpr int64_t STRIP_VECTORS = STRIP * PANEL_VECTORS;
-constexpr int64_t CHUNK = 8;                  // blocks of them that stay in the first-level cache
+constexpr int64_t STRIP_VECTORS = STRIP * PANEL_VECTORS, STRIP_WIDTH = STRIP * PANEL;
+constexpr int64_t CHUNK = 8;                  // blocks of 32 inputs that stay in the first-level cache
 constexpr int64_t SUMS = TILE * W;            // of a register
 constexpr int64_t LEVELS_BYTES = 32 * PANEL;  // of a block: [8][PANEL][4]
 
-// Where the levels of a block of a panel lie as signed bytes, STEP bytes from one to the next; those of CHUNK blocks
-// are taken out to `levels` if they do not lie there already.
-template <class Q>
-struct PanelLevels;
-template <>
-struct PanelLevels<Q8> {
-  static constexpr int64_t STEP = Q8::BLOCK, TAKEN = 64;
-  FINIAL_INLINE const uint8_t* take(const uint8_t* w, int64_t, uint8_t*) { return w + PANEL * 2; }
-};
-template <>
-struct PanelLevels<Q4> {
-  static constexpr int64_t STEP = LEVELS_BYTES, TAKEN = CHUNK * LEVELS_BYTES;
-  FINIAL_INLINE const uint8_t* take(const uint8_t* w, int64_t blocks, uint8_t* levels) {
-    const I eight = _mm512_set1_epi8(8);
-    uint8_t* out = levels;
-    for (int64_t b = 0; b < blocks; ++b, w += Q4::BLOCK, out += LEVELS_BYTES)
-      for (int64_t i = 0; i < LEVELS_BYTES / 2; i += 64) {
-        const I both = load_i(w + PANEL * 2 + i);
-        store_i(out + i, _mm512_sub_epi8(low_nibbles(both), eight));
-        store_i(out + LEVELS_BYTES / 2 + i, _mm512_sub_epi8(high_nibbles(both), eight));
-      }
-    return levels;
-  }
+// What sums of a tile's rows are made of: two blocks of 32 inputs.
+struct Sums {
+  const uint8_t* levels[STRIP];  // of the first, in each panel
+  int64_t step;                  // bytes to those of the second, 0 where there is none
+  const Int8Block *x, *x_too;
 };
 
-// Two blocks of a strip and of a tile's rows, and where their results are added: c [TILE][STRIP_VECTORS W].
-struct TwoBlocks {
-  const uint8_t* levels[STRIP];  // of the first block of each panel
-  int64_t step;                  // bytes to those of the second, 0 where there is none
-  const Int8Block *first, *second;
-  const float* scales;  // of the weights [2][STRIP_VECTORS W], zero for a second block that is none
+// How they become results, which are added to c [TILE][STRIP_WIDTH].
+struct Scaling {
+  const Int8Block *x, *x_too;
+  const float* factors;  // of the weights, a row of STRIP_WIDTH for each factor
   float* c;
 };
 
@@ -71,18 +51,45 @@ FINIAL_INLINE V exact(const int32_t* sums) {
   return sub(_mm512_castsi512_ps(biased), set1(12582912.0f));
 }
 
-// Vector v of outputs of all rows: sums [2][TILE][W] scaled and added.
-FINIAL_INLINE void scale(const int32_t* FINIAL_RESTRICT sums, int v, const TwoBlocks& of) {
-  const V first = load(of.scales + v * W), second = load(of.scales + (STRIP_VECTORS + v) * W);
-  float* FINIAL_RESTRICT c = of.c + v * W;
-#pragma GCC unroll 16
-  for (int64_t r = 0; r < TILE; ++r, sums += W, c += STRIP_VECTORS * W) {
-    const V a = fma(mul(exact(sums), set1(of.first[r].scale)), first, load(c));
-    store(c, fma(mul(exact(sums + SUMS), set1(of.second[r].scale)), second, a));
-  }
-}
+// q8_0 and q4_0 (Q): a scale for each block.
+template <class Q>
+struct ByBlocks {
+  static constexpr int64_t CHUNK_BYTES = CHUNK * Q::BLOCK, FACTORS = 1;
+  static constexpr int64_t STEP = Q::WORDS == 4 ? LEVELS_BYTES : Q::BLOCK;  // from a block's levels to the next
+  static constexpr int64_t TAKEN = Q::WORDS == 4 ? CHUNK * LEVELS_BYTES : 64;
 
-// Registers T and T + 1 = a vector of outputs of two blocks.
+  // Where the levels of `blocks` blocks of a panel lie as signed bytes: in `levels`, if they have to be taken out.
+  // Factors are left in columns of rows of STRIP_WIDTH.
+  FINIAL_INLINE const uint8_t* take(const uint8_t* w, int64_t blocks, uint8_t* levels, float* factors) {
+    for (int64_t b = 0; b < blocks + blocks % 2; ++b)  // a second block that is none counts nothing
+      for (int v = 0; v < PANEL_VECTORS; ++v)
+        store(factors + b * STRIP_WIDTH + v * W, b < blocks ? load_f16(w + b * Q::BLOCK + v * W * 2) : zero());
+    if constexpr (Q::WORDS == 8) return w + PANEL * 2;
+    const I eight = _mm512_set1_epi8(8);
+    uint8_t* out = levels;
+    for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK, out += LEVELS_BYTES)
+      for (int64_t i = 0; i < LEVELS_BYTES / 2; i += 64) {
+        const I both = load_i(w + PANEL * 2 + i);
+        store_i(out + i, _mm512_sub_epi8(low_nibbles(both), eight));
+        store_i(out + LEVELS_BYTES / 2 + i, _mm512_sub_epi8(high_nibbles(both), eight));
+      }
+    return levels;
+  }
+
+  // Vector v of outputs of ROWS rows: sums [2][TILE][W] scaled and added.
+  template <int ROWS>
+  FINIAL_INLINE void scale(const int32_t* FINIAL_RESTRICT sums, int v, const Scaling& of) {
+    const V first = load(of.factors + v * W), second = load(of.factors + STRIP_WIDTH + v * W);
+    float* FINIAL_RESTRICT c = of.c + v * W;
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < ROWS; ++r, sums += W, c += STRIP_WIDTH) {
+      const V a = fma(mul(exact(sums), set1(of.x[r].scale)), first, load(c));
+      store(c, fma(mul(exact(sums + SUMS), set1(of.x_too[r].scale)), second, a));
+    }
+  }
+};
+
+// Registers T and T + 1 = a vector of outputs.
 template <int T>
 FINIAL_INLINE void sum(const uint8_t* levels, int64_t step) {
   tile_load<6>(levels, PANEL * 4);
@@ -98,104 +105,102 @@ FINIAL_INLINE void leave(int32_t* sums) {
   tile_store<T + 1>(sums + SUMS, W * 4);
 }
 
-// sums [STRIP_VECTORS][2][TILE][W] of two blocks, beside scaling the second half of those before and the first of
-// these.
-FINIAL_APART void sum_and_scale(const TwoBlocks& now, const TwoBlocks& before, int32_t* sums) {
+// sums [STRIP_VECTORS][2][TILE][W], beside scaling the second half of those before and the first of these.
+template <class Kind, int ROWS>
+FINIAL_APART void sum_and_scale(const Sums& of, const Scaling& now, const Scaling& before, int32_t* sums) {
   constexpr int64_t PAIR = 2 * SUMS, BYTES = W * 4;
-  tile_load<4>(now.first->q, sizeof(Int8Block));
-  tile_load<5>(now.second->q, sizeof(Int8Block));
-  sum<0>(now.levels[0], now.step);
-  if (before.c != nullptr) scale(sums + 2 * PAIR, 2, before);
+  tile_load<4>(of.x->q, sizeof(Int8Block));
+  tile_load<5>(of.x_too->q, sizeof(Int8Block));
+  sum<0>(of.levels[0], of.step);
+  if (before.c != nullptr) Kind::template scale<ROWS>(sums + 2 * PAIR, 2, before);
   leave<0>(sums);
-  sum<2>(now.levels[0] + BYTES, now.step);
-  if (before.c != nullptr) scale(sums + 3 * PAIR, 3, before);
+  sum<2>(of.levels[0] + BYTES, of.step);
+  if (before.c != nullptr) Kind::template scale<ROWS>(sums + 3 * PAIR, 3, before);
   leave<2>(sums + PAIR);
-  sum<0>(now.levels[1], now.step);
-  scale(sums, 0, now);
+  sum<0>(of.levels[1], of.step);
+  Kind::template scale<ROWS>(sums, 0, now);
   leave<0>(sums + 2 * PAIR);
-  sum<2>(now.levels[1] + BYTES, now.step);
-  scale(sums + PAIR, 1, now);
+  sum<2>(of.levels[1] + BYTES, of.step);
+  Kind::template scale<ROWS>(sums + PAIR, 1, now);
   leave<2>(sums + 3 * PAIR);
 }
 
 // What is left to scale.
-FINIAL_APART void scale_rest(const TwoBlocks& before, const int32_t* sums) {
-  scale(sums + 4 * SUMS, 2, before);
-  scale(sums + 6 * SUMS, 3, before);
+template <class Kind, int ROWS>
+FINIAL_APART void scale_rest(const Scaling& before, const int32_t* sums) {
+  Kind::template scale<ROWS>(sums + 4 * SUMS, 2, before);
+  Kind::template scale<ROWS>(sums + 6 * SUMS, 3, before);
 }
 
-// Panels [begin, end) times the rows of the product's tiles, with more than TILE rows in all.
-template <class Q>
-void multiply_int8(const Product& p, int64_t begin, int64_t end) {
-  using L = PanelLevels<Q>;
-  constexpr int64_t SLOT = TILE * STRIP_VECTORS * W;  // a tile's results
+// Panels [begin, end) times the rows of the product's tiles, none of which has more than ROWS.
+template <class Kind, int ROWS>
+void multiply_rows(const Product& p, const Rows& rows, int64_t begin, int64_t end) {
+  constexpr int64_t SLOT = TILE * STRIP_WIDTH;  // a tile's results
   alignas(64) float c[GROUP * SLOT];
   alignas(64) int32_t sums[STRIP_VECTORS * 2 * SUMS];
-  alignas(64) float scales[2][CHUNK * STRIP_VECTORS * W];  // of this chunk, and the one before
-  alignas(64) uint8_t levels[STRIP][L::TAKEN];
+  alignas(64) float factors[2][CHUNK * Kind::FACTORS * STRIP_WIDTH];  // of this chunk, and the one before
+  alignas(64) uint8_t levels[STRIP][Kind::TAKEN];
   const int64_t blocks = p.first->n_in / 32, step = p.second == nullptr ? STRIP : 1;
-  const Rows rows = rows_of(p.x, p.rows, p.begin, p.end, blocks);
-  int64_t most = 0;  // tiles differ by a row, in any order
-  for (int64_t i = 0; i < rows.tiles; ++i) most = rows.count[i] > most ? rows.count[i] : most;
-  const Tiles registers(most, 8);
+  const Tiles registers(ROWS, LEVELS_BYTES / (PANEL * 4));
   int turn = 0;
   for (int64_t panel = begin; panel < end; panel += step) {
     const bool alone = p.second == nullptr && panel + 1 == end;  // it is its own neighbour
     const uint8_t* const w = p.first->packed + panel * p.first->stride;
-    const uint8_t* const strip[STRIP] = {w, p.second != nullptr ? p.second->packed + panel * p.second->stride
-                                            : alone             ? w
-                                                                : w + p.first->stride};
-    TwoBlocks before{};
+    const uint8_t* strip[STRIP] = {w, p.second != nullptr ? p.second->packed + panel * p.second->stride
+                                      : alone             ? w
+                                                          : w + p.first->stride};
+    Scaling before{};
     for (int64_t from = 0; from < blocks; from += CHUNK) {
       const int64_t some = blocks - from < CHUNK ? blocks - from : CHUNK;
       const uint8_t* taken[STRIP];
       turn ^= 1;
-      for (int64_t i = 0; i < STRIP; ++i) {
-        const uint8_t* part = strip[i] + from * Q::BLOCK;
-        taken[i] = L::take(part, some, levels[i]);
-        for (int64_t b = 0; b < some + some % 2; ++b)
-          for (int v = 0; v < PANEL_VECTORS; ++v)
-            store(scales[turn] + ((b * STRIP + i) * PANEL_VECTORS + v) * W,
-                  b < some ? load_f16(part + b * Q::BLOCK + v * W * 2) : zero());
-      }
+      for (int64_t i = 0; i < STRIP; ++i) taken[i] = Kind::take(strip[i], some, levels[i], factors[turn] + i * PANEL);
       // The next chunk, of this strip or the next one, is asked for a little with each two blocks.
       const bool last = from + CHUNK >= blocks;
-      const int64_t ahead = last ? step * p.first->stride : (from + CHUNK) * Q::BLOCK,
-                    turns = rows.tiles * ((some + 1) / 2);
-      const int64_t lines = last && panel + step >= end ? 0 : (CHUNK * Q::BLOCK / 64 + turns - 1) / turns;
+      const int64_t turns = rows.tiles * ((some + 1) / 2),
+                    ahead = last ? step * p.first->stride - from / CHUNK * Kind::CHUNK_BYTES : Kind::CHUNK_BYTES,
+                    lines = last && panel + step >= end ? 0 : (Kind::CHUNK_BYTES / 64 + turns - 1) / turns;
       const uint8_t *soon = strip[0] + ahead, *soon_too = strip[1] + ahead;
       for (int64_t i = 0; i < rows.tiles; ++i) {
         float* at = c + i * SLOT;
-        const Int8Block* x = rows.x[i] + from * rows.count[i];
+        const int64_t count = rows.count[i];
         if (from == 0)
           for (int64_t k = 0; k < SLOT; k += W) store(at + k, zero());
         for (int64_t b = 0; b < some; b += 2) {
+          const Int8Block* x = rows.x[i] + (from + b) * count;
           const bool two = b + 1 < some;
-          const TwoBlocks now{{taken[0] + b * L::STEP, taken[1] + b * L::STEP},
-                              two ? L::STEP : 0,
-                              x + b * rows.count[i],
-                              x + (b + two) * rows.count[i],
-                              scales[turn] + b * STRIP_VECTORS * W,
-                              at};
+          const Int8Block* x_too = two ? x + count : x;
+          const Sums of{{taken[0] + b * Kind::STEP, taken[1] + b * Kind::STEP}, two ? Kind::STEP : 0, x, x_too};
+          const Scaling now{x, x_too, factors[turn] + b * Kind::FACTORS * STRIP_WIDTH, at};
           for (int64_t k = 0; k < lines; ++k, soon += 64, soon_too += 64)
             __builtin_prefetch(soon, 0, 2), __builtin_prefetch(soon_too, 0, 2);
-          sum_and_scale(now, before, sums);
+          sum_and_scale<Kind, ROWS>(of, now, before, sums);
           before = now;
         }
       }
+      for (const uint8_t*& part : strip) part += Kind::CHUNK_BYTES;
     }
-    scale_rest(before, sums);
+    scale_rest<Kind, ROWS>(before, sums);
     for (int64_t i = 0; i < rows.tiles; ++i) {
       const Tile t = tile_of(p.rows, p.begin + i);
       const float* first = c + i * SLOT;
       if (p.second != nullptr) {
-        finish(p, panel, t, 0, t.count, first, first + PANEL, STRIP * PANEL);
+        finish(p, panel, t, 0, t.count, first, first + PANEL, STRIP_WIDTH);
         continue;
       }
-      finish(p, panel, t, 0, t.count, first, nullptr, STRIP * PANEL);
-      if (!alone) finish(p, panel + 1, t, 0, t.count, first + PANEL, nullptr, STRIP * PANEL);
+      finish(p, panel, t, 0, t.count, first, nullptr, STRIP_WIDTH);
+      if (!alone) finish(p, panel + 1, t, 0, t.count, first + PANEL, nullptr, STRIP_WIDTH);
     }
   }
+}
+
+// Panels [begin, end) times the rows of the product's tiles, with more than TILE rows in all.
+template <class Kind>
+void multiply_tiles(const Product& p, int64_t begin, int64_t end) {
+  const Rows rows = rows_of(p.x, p.rows, p.begin, p.end, p.first->n_in / 32);
+  int64_t most = 0;  // tiles differ by a row, in any order
+  for (int64_t i = 0; i < rows.tiles; ++i) most = rows.count[i] > most ? rows.count[i] : most;
+  most <= 12 ? multiply_rows<Kind, 12>(p, rows, begin, end) : multiply_rows<Kind, TILE>(p, rows, begin, end);
 }
 
 }  // namespace

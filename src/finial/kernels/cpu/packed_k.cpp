@@ -132,6 +132,16 @@ struct Q6K {
   }
 };
 
+}  // namespace
+
+}  // namespace finial::FINIAL_ISA
+
+#include "packed_k_tiles.h"
+
+namespace finial::FINIAL_ISA {
+
+namespace {
+
 template <class K, int HALF>
 FINIAL_INLINE void half_sums(const I (&w)[NV][4], const Int8Block& x, I (&sums)[NV]) {
   I quad[4];
@@ -283,13 +293,6 @@ FINIAL_INLINE void add_rows(const Levels32<K>& g, const Scale& scales, const Int
   }
 }
 
-// Rounded rows that meet a panel, tile after tile; a block's rows of a tile are neighbours.
-struct Rows {
-  const Int8Block* x[GROUP];  // block 0 of each tile
-  int64_t count[GROUP];       // rows of each
-  int64_t tiles, rows;
-};
-
 // Levels are taken out of a pair of groups a thousand cycles after each other, so the processor's own prefetching has
 // forgotten the panel: what lies a pair further on is asked for, a group's share of it with the tiles of its rows.
 template <class K, int ODD, class Scale>
@@ -328,14 +331,7 @@ void meet_block(const uint8_t* w, const typename K::Factors& f, const Rows& rows
 template <class K>
 void tiles_of(const uint8_t* FINIAL_RESTRICT w, const Product& p, int64_t n_in, const Target& target,
               float* FINIAL_RESTRICT c) {
-  Rows taken;
-  taken.tiles = p.end - p.begin, taken.rows = 0;
-  for (int64_t i = p.begin; i < p.end; ++i) {
-    const Tile t = tile_of(p.rows, i);
-    taken.x[i - p.begin] = reinterpret_cast<const Int8Block*>(p.x) + t.first * (n_in / 32);
-    taken.count[i - p.begin] = t.count;
-    taken.rows += t.count;
-  }
+  const Rows taken = rows_of(p.x, p.rows, p.begin, p.end, n_in / 32);
   const int64_t blocks = n_in / 256;
 #if defined(FINIAL_AVX2)
   if constexpr (K::LEVEL_BITS == 5)
@@ -439,6 +435,13 @@ void put_panel(const Linear& l, uint8_t* out, int64_t first, void (*put)(const u
 }
 
 }  // namespace
+
+#if defined(FINIAL_TILES)
+void multiply_k(const Product& p, int64_t begin, int64_t end) {
+  if (p.first->format == Format::Q4_K) multiply_tiles<ByGroups<Q4K>>(p, begin, end);
+  if (p.first->format == Format::Q5_K) multiply_tiles<ByGroups<Q5K>>(p, begin, end);
+}
+#endif
 
 void pack_k(const Linear& l, uint8_t* out, int64_t first) {
   if (l.format == Format::Q4_K) put_panel(l, out, first, put_q4_k);

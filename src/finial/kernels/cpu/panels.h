@@ -30,6 +30,26 @@ FINIAL_INLINE Tile tile_of(int64_t rows, int64_t i) {
   return {first, rows * (i + 1) / n - first};
 }
 
+// Rounded rows that meet a panel, tile after tile; a block's rows of a tile are neighbours.
+struct Rows {
+  const Int8Block* x[GROUP];  // block 0 of each tile
+  int64_t count[GROUP];       // rows of each
+  int64_t tiles, rows;
+};
+
+// Tiles [begin, end) of `rows` rounded rows at x.
+FINIAL_INLINE Rows rows_of(const uint8_t* x, int64_t rows, int64_t begin, int64_t end, int64_t blocks) {
+  Rows taken;
+  taken.tiles = end - begin, taken.rows = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const Tile t = tile_of(rows, i);
+    taken.x[i - begin] = reinterpret_cast<const Int8Block*>(x) + t.first * blocks;
+    taken.count[i - begin] = t.count;
+    taken.rows += t.count;
+  }
+  return taken;
+}
+
 // Few rows leave their panel to be read once: the processor's own prefetching comes too late when arithmetic fills its
 // window, so every block asks for what lies this much further on.
 constexpr int64_t AHEAD = 4096;
