@@ -27,6 +27,11 @@ FINIAL_INLINE void ask(const uint8_t* p) {
   if (ASK == Ask::Far) prefetch(p);
 }
 
+// Whether what is read after block b lies elsewhere: hardware fetches ahead within a run only.
+bool apart(const uint8_t* const* blocks, int64_t b, int64_t row) {
+  return blocks[b + 1] != blocks[b] + CACHE_BLOCK * 4 * row;
+}
+
 // How few queries ask for what they read after block b.
 Ask asks_after(const uint8_t* const* blocks, int64_t b, int64_t row) {
   return asking.always ? asking.how : apart(blocks, b, row) ? Ask::Far : Ask::Nothing;

@@ -45,11 +45,6 @@ FINIAL_INLINE void prefetch_to_write(const void* p) {
 #endif
 }
 
-// Whether what is read after block b lies elsewhere: hardware fetches ahead within a run only.
-bool apart(const uint8_t* const* blocks, int64_t b, int64_t row) {
-  return blocks[b + 1] != blocks[b] + CACHE_BLOCK * 4 * row;
-}
-
 // What a thread needs beside the cache, for pieces of `queries`.
 struct Room {
   int64_t pairs, width, stride, tiles;
