@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from finial.errors import FileError
+from finial.files.checkpoint import open_checkpoint
 from finial.lab import checks, samples
 from finial.lab.analysis import best_rival, rank, ratio
 from finial.lab.engines.setup import SetupError, make_file, missing
@@ -33,6 +34,7 @@ from finial.lab.workloads import (
     MEMORY,
     Group,
     Workload,
+    prompts,
 )
 from finial.machine import describe
 from waiting import HUNG_S, until
@@ -76,6 +78,7 @@ class Session:
         reply.update(first=[times[0] for _ in prompts], last=[times[-1] for _ in prompts])
         if fault == "short": reply["tokens"] = [ids[:-1] for ids in reply["tokens"]]; reply["times"] = None
         if fault == "no tokens": reply["tokens"] = [[1 << 30] * new for _ in prompts]
+        if fault == "echo": reply["tokens"] = [ids[:1] * new for ids in prompts]
         if fault == "fast":
             reply.update(times=None, first=[t / 50 for t in reply["first"]], last=[t / 50 for t in reply["last"]])
             time.sleep(1.2)
@@ -384,9 +387,13 @@ def test_a_disturbed_sample_is_measured_again(bench: Bench, monkeypatch: pytest.
     readings = iter([0.9, 0.9, 0.0, 0.9, 0.0])
     monkeypatch.setattr("finial.lab.samples._others", lambda start, end: next(readings))
     monkeypatch.setattr("finial.lab.samples.OTHERS_S", 0.0)
-    record = bench.run([bench.engine("finial")], (replace(DECODE, rounds=2),))
-    samples = record.cells["demo/stored/2/decode"].engines["finial"].samples
+    workload = Workload("first", "first", depth=8, new=5, rounds=2)
+    record = bench.run([bench.engine("finial", fault="echo")], (workload,))
+    samples = record.cells["demo/stored/2/first"].engines["finial"].samples
     assert [(s.round, s.others) for s in samples] == [(0, 0.0), (1, 0.9)]
+    vocab_size = open_checkpoint(bench.places.checkpoint("demo")).config.vocab_size
+    (judged_by,) = prompts(workload, vocab_size, 0)
+    assert samples[0].tokens == [judged_by[:1] * workload.new], "its text goes with the prompts that it is judged by"
     assert "During 1 of 2 samples" in render(record.data)
 
 

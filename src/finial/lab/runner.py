@@ -207,6 +207,7 @@ class Runner:
                 if not sampler.able(subject) or round >= needed[subject.name]:
                     continue
                 sample = sampler.sample(subject, round)
+                text = None if sample is None else sample.tokens
                 after = self._probed(group.threads, nbytes, 0.0 if sample is None else sample.wall_s or 0.0)
                 for attempt in range(1, AGAIN + 1):
                     if sample is None or (sample.others or 0) <= DISTURBED or spare == 0:
@@ -219,8 +220,8 @@ class Runner:
                     sample.round, sample.order, sample.before, sample.after = round, order, before, after
                     if round >= KEPT_TIMES or workload.new == 1:
                         sample.times = None
-                    if round:
-                        sample.tokens = None
+                    # Judged by the prompts of round 0, which a sample that was measured again does not have.
+                    sample.tokens = None if round else text
                     cell.engines[subject.name].samples.append(sample)
                 before = after
         if self._meter is not None:

@@ -30,7 +30,7 @@ struct Int8Block {
   float minimum;      // -scale sum(q): what a weight's minimum of -1 adds
 };
 
-// Behind rounded rows: tile registers take as many rows of every tile as the largest one has.
+// Behind rounded rows: tile registers take as many rows of every tile as the largest one has, of int8 up to a register.
 constexpr int64_t SPARE_BYTES = 1024;
 
 inline int64_t tiles(int64_t rows, const Blocking& b) { return (rows + b.tile - 1) / b.tile; }
