@@ -14,6 +14,7 @@
 #if defined(FINIAL_TILES)
 
 #include "packed_int8_tiles.h"
+#include "packed_k_levels.h"
 
 namespace finial::FINIAL_ISA {
 
