@@ -57,23 +57,33 @@ FINIAL_INLINE void add_block(const I (&w)[8][PANEL_VECTORS], const Scale& scale,
   }
 }
 
+// From so many rows on a block asks a line at a time, beside its arithmetic (few_int8 says why): with tile registers.
+#if defined(FINIAL_TILES)
+constexpr int EVENLY_FROM = 2;
+#else
+constexpr int EVENLY_FROM = 1 << 30;
+#endif
+
 // c [N, PANEL] = a panel times N rows: weights are used as they come, and sums and results stay in registers.
 template <class Q, int N>
 void some_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
                float* FINIAL_RESTRICT c) {
   const Asked ask = asks(N, Q::ENOUGH);
+  constexpr bool evenly = EVENLY_FROM <= N;
+  constexpr int LINES = Q::BLOCK / 64;
   V acc[N][PANEL_VECTORS];
   for (int r = 0; r < N; ++r)
     for (V& a : acc[r]) a = zero();
   for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK, x += N) {
     I sums[N][PANEL_VECTORS];
     V scale[PANEL_VECTORS];
-    stream(ask, w, Q::BLOCK);
+    if (!evenly) stream(ask, w, Q::BLOCK);
     if (N == 1 && Q::WORDS == 4) keep_near(x + 6);  // q8_0 reads as fast without
     for (int v = 0; v < PANEL_VECTORS; ++v) scale[v] = load_f16(w + v * W * 2);
     for (int r = 0; r < N; ++r)
       for (I& s : sums[r]) s = Q::start(x[r]);
     const auto multiply = [&](int j, const I(&quad)[PANEL_VECTORS]) {
+      if (evenly) stream(ask, w + LINES * j / 8 * 64, (LINES * (j + 1) / 8 - LINES * j / 8) * 64);
       for (int r = 0; r < N; ++r) {
         const I q = broadcast(x[r].q + 4 * j);
         for (int v = 0; v < PANEL_VECTORS; ++v) sums[r][v] = Q::dot(sums[r][v], quad[v], q);
@@ -153,15 +163,18 @@ FINIAL_APART void add_few(const uint8_t* FINIAL_RESTRICT p, const Int8Block* FIN
 // c [ROWS, PANEL] = a panel times so many rows: four at once, or pairs, and three of an odd number. Without AVX-512,
 // where their arithmetic takes about as long as reading the panel, it is asked for AHEAD bytes early. Beside tile
 // registers a block that is asked for at once keeps the weights waiting for a way into the first-level cache, so that
-// reading and arithmetic took turns: evenly, 8 rows of q8_0 and q4_0 take 0.85 of the time, 12 rows 0.90 and 0.93, 16
-// 0.90 and 0.96 (one thread, 151,936 outputs from memory, in turn).
+// reading and arithmetic took turns: evenly, 2 to 6 rows of q4_0 take 0.79 to 0.91 of the time, 4 rows of q8_0 0.95, 8
+// rows of both 0.85, 12 rows 0.90 and 0.93, 16 0.90 and 0.96 (one thread, 151,936 outputs from memory, in turn).
 template <class Q, int ROWS>
 void few_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
               float* FINIAL_RESTRICT c) {
   if constexpr (ROWS <= (W == 16 ? Q::IN_REGISTERS : 1)) {
     some_int8<Q, ROWS>(w, x, blocks, c);
   } else {
-    constexpr int OVER = ROWS % 2 == 0 ? 0 : W == 16 ? 3 : 1, FIRST = ROWS - OVER, N = W == 16 && ROWS == 4 ? 4 : 2;
+    constexpr int OVER = ROWS % 2 == 0 ? 0
+                         : W == 16     ? 3
+                                       : 1,
+                  FIRST = ROWS - OVER, N = W == 16 && ROWS == 4 && STRIP == 1 ? 4 : 2;
     const Asked ask = asks(ROWS, Q::ENOUGH);
 #if defined(FINIAL_TILES)
     constexpr int64_t TURNS = FIRST > 0 ? FIRST / N : 1, LINES = (Q::BLOCK / 64 + TURNS - 1) / TURNS;
