@@ -67,7 +67,7 @@ struct Blocking {
   int64_t tile;         // rows that meet a panel at once; so few are read with it in one pass
   int64_t group;        // tiles that meet it together
   int64_t group_bytes;  // of a group's rounded rows: with two panels they fit the second-level cache
-  int64_t panels;       // that many rows do best to meet at once
+  int64_t panels;       // panels of a matrix that meet many rows together
 };
 
 enum class CacheType : int { F32, BF16, Q8_0 };

@@ -57,7 +57,8 @@ FINIAL_INLINE void add_block(const I (&w)[8][PANEL_VECTORS], const Scale& scale,
   }
 }
 
-// From so many rows on a block asks a line at a time, beside its arithmetic (few_int8 says why): with tile registers.
+// With tile registers from so many rows on a block asks for a line or two at a time, beside its arithmetic: few_int8
+// says why.
 #if defined(FINIAL_TILES)
 constexpr int EVENLY_FROM = 2;
 #else
@@ -160,27 +161,27 @@ FINIAL_APART void add_few(const uint8_t* FINIAL_RESTRICT p, const Int8Block* FIN
   }
 }
 
-// c [ROWS, PANEL] = a panel times so many rows: four at once, or pairs, and three of an odd number. Without AVX-512,
-// where their arithmetic takes about as long as reading the panel, it is asked for AHEAD bytes early. Beside tile
-// registers a block that is asked for at once keeps the weights waiting for a way into the first-level cache, so that
-// reading and arithmetic took turns: evenly, 2 to 6 rows of q4_0 take 0.79 to 0.91 of the time, 4 rows of q8_0 0.95, 8
-// rows of both 0.85, 12 rows 0.90 and 0.93, 16 0.90 and 0.96 (one thread, 151,936 outputs from memory, in turn).
+// c [ROWS, PANEL] = a panel times so many rows: pairs, and three of an odd number; four at once without tile registers.
+// Without AVX-512, where their arithmetic takes about as long as reading the panel, it is asked for AHEAD bytes early.
+// Beside tile registers a block that is asked for at once keeps the weights waiting for a way into the first-level
+// cache, so that reading and arithmetic took turns: evenly, 2 to 6 rows of q4_0 take 0.79 to 0.91 of the time, 4 rows
+// of q8_0 0.95, 8 rows of both 0.85, 12 rows 0.90 and 0.93, 16 0.90 and 0.96 (one thread, 151,936 outputs from memory,
+// in turn).
 template <class Q, int ROWS>
 void few_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
               float* FINIAL_RESTRICT c) {
   if constexpr (ROWS <= (W == 16 ? Q::IN_REGISTERS : 1)) {
     some_int8<Q, ROWS>(w, x, blocks, c);
   } else {
-    constexpr int OVER = ROWS % 2 == 0 ? 0
-                         : W == 16     ? 3
-                                       : 1,
-                  FIRST = ROWS - OVER, N = W == 16 && ROWS == 4 && STRIP == 1 ? 4 : 2;
+    constexpr int OVER = ROWS % 2 == 0 ? 0 : W == 16 ? 3 : 1, FIRST = ROWS - OVER;
     const Asked ask = asks(ROWS, Q::ENOUGH);
 #if defined(FINIAL_TILES)
+    constexpr int N = 2;
     constexpr int64_t TURNS = FIRST > 0 ? FIRST / N : 1, LINES = (Q::BLOCK / 64 + TURNS - 1) / TURNS;
     constexpr bool evenly = TURNS > 1;
     const int64_t ahead = ask.distance, share = evenly && ask.how != Ask::Nothing ? LINES * 64 : 0;
 #else
+    constexpr int N = W == 16 && ROWS == 4 ? 4 : 2;
     constexpr bool evenly = false;
     constexpr int64_t ahead = AHEAD;
     constexpr int64_t share = W == 16 || ROWS * 192 < Q::BLOCK ? 0 : (Q::BLOCK + 32 * ROWS - 1) / (32 * ROWS) * 64;
