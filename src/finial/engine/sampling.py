@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.random import Philox  # NumPy loads it when first named: better now than in a request's first token
 from numpy.typing import NDArray
 
 from finial.errors import ModelError, RequestError
@@ -175,13 +176,13 @@ def uniform(seed: int, sample: int, position: int) -> float:
     Philox-4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", doi:10.1145/2063384.2063405),
     key (seed, sample), counter position + 1; the top 53 bits of the first output word.
     """
-    raw = np.random.Philox(key=seed | sample << 64, counter=position).random_raw()
+    raw = Philox(key=seed | sample << 64, counter=position).random_raw()
     return int(raw >> 11) * 2.0**-53
 
 
 def uniforms(seed: int, sample: int, position: int, count: int) -> NDArray[np.float64]:
     """`uniform` of `count` positions in a row, float64 [count]."""
-    raw = np.random.Philox(key=seed | sample << 64, counter=position).random_raw(4 * count)[::4]
+    raw = Philox(key=seed | sample << 64, counter=position).random_raw(4 * count)[::4]
     return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
