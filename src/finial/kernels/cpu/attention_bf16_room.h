@@ -53,6 +53,7 @@ struct Room {
   uint8_t* value_copies;               // a chunk's, or what queries see of it; for tiles
   Two* q;                              // tiles of queries in pairs
   const uint8_t **keys, **values;      // [BLOCKS + 1]: a chunk's, and what is read after each
+  const uint8_t* next;                 // the keys that are read after the chunk, or null
   Softmax *state, *fresh;              // [queries]
   Span* spans;                         // [queries]
 
@@ -92,6 +93,14 @@ struct Tile {  // queries of a piece
   int64_t begin, end;
 };
 
+// Where the first keys of a piece over a blocked cache lie.
+const uint8_t* first_keys(const Attention& a, const AttentionPiece& piece) {
+  const int64_t chunk = piece.begin * ATTENTION_CHUNK, seen = a.window > 0 ? a.positions[piece.row] - a.window + 1 : 0,
+                at = most(chunk, seen) / CACHE_BLOCK * CACHE_BLOCK, size = a.cache.page_size;
+  const int32_t page = a.pages[a.sequence[piece.row] * a.pages_per_sequence + at / size];
+  return a.cache.keys(page, piece.head) + at % size * a.cache.row_bytes();
+}
+
 // Where blocks [from, to) of a chunk lie; a cache of rows is rearranged: positions [low, high), the rest is anything.
 void locate(const Attention& a, const AttentionPiece& piece, int64_t base, int64_t low, int64_t high, bool more,
             Room& room) {
@@ -112,9 +121,13 @@ void locate(const Attention& a, const AttentionPiece& piece, int64_t base, int64
     }
     const int64_t next = base + ATTENTION_CHUNK, last = (high + CACHE_BLOCK - 1) / CACHE_BLOCK;
     room.keys[last] = room.values[low / CACHE_BLOCK];
-    room.values[last] = more ? cache.keys(pages[next / size], piece.head) + next % size * row : room.values[last - 1];
+    room.next = more                ? cache.keys(pages[next / size], piece.head) + next % size * row
+                : a.next != nullptr ? first_keys(a, *a.next)
+                                    : nullptr;
+    room.values[last] = more ? room.next : room.values[last - 1];
     return;
   }
+  room.next = nullptr;
   for (int64_t b = 0; b <= BLOCKS; ++b) {
     room.keys[b] = room.key_blocks + b * CACHE_BLOCK * room.pairs * 4;
     room.values[b] = room.value_blocks + b * PAIRS * room.width * 4;

@@ -43,26 +43,34 @@ void take_queries(const Attention& a, const AttentionPiece& piece, const Tile& t
   }
 }
 
-// Lines that few queries, whose time is that of reading the cache, ask for with each register of keys or values: those
-// of the block that comes next, as many as a register has, into the second-level cache. Left to the processor, which
-// begins anew with every page, two threads read 22 of 30 GB/s.
-FINIAL_INLINE void ask(const uint8_t* soon) {
-  for (int64_t i = 0; i < HALF; ++i) __builtin_prefetch(soon + i * 64, 0, 2);
-}
+// Memory that few queries read next. Their time is that of reading the cache, so they ask for it with each register of
+// keys or values, as many lines as a register has, into the second-level cache. Left to the processor, which begins
+// anew with every page, two threads read 22 of 30 GB/s.
+struct Soon {
+  const uint8_t *at = nullptr, *end = nullptr;
 
-// scores [count, LINE] = queries times a block's keys; q [steps][count][32]. Few of them ask for what comes next.
-void dots(const uint8_t* keys, const uint8_t* q, int64_t count, int64_t steps, const uint8_t* soon, float* scores) {
+  void ask() {
+    for (int64_t i = 0; i < HALF && at < end; ++i, at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
+
+// scores [count, LINE] = queries times a block's keys, or the first half of them; q [steps][count][32]. `soon` and
+// `then` are asked for.
+void dots(const uint8_t* keys, bool whole, const uint8_t* q, int64_t count, int64_t steps, Soon soon, Soon then,
+          float* scores) {
   const bool two = count > HALF;
   tile_zero<0>(), tile_zero<1>();
   if (two) tile_zero<2>(), tile_zero<3>();
-  for (int64_t i = 0; i < steps; ++i, keys += KEY_STEP, soon += KEY_STEP, q += count * 64) {
+  for (int64_t i = 0; i < steps; ++i, keys += KEY_STEP, q += count * 64) {
     tile_load<4>(q, 64);
-    if (!two) ask(soon);
+    soon.ask(), then.ask();
     tile_load<6>(keys, CACHE_BLOCK * 4);
     tile_dot_bf16<0, 4, 6>();
-    if (!two) ask(soon + KEY_STEP / 2);
-    tile_load<7>(keys + 64, CACHE_BLOCK * 4);
-    tile_dot_bf16<1, 4, 7>();
+    soon.ask(), then.ask();
+    if (whole) {
+      tile_load<7>(keys + 64, CACHE_BLOCK * 4);
+      tile_dot_bf16<1, 4, 7>();
+    }
     if (two) {
       tile_load<5>(q + HALF * 64, 64);
       tile_dot_bf16<2, 5, 6>();
@@ -84,7 +92,18 @@ struct Sight {
     }
   }
   bool whole(int64_t block) const { return all.from <= block * CACHE_BLOCK && (block + 1) * CACHE_BLOCK <= all.to; }
+  int64_t begin() const { return any.from / CACHE_BLOCK; }  // blocks that any sees
+  int64_t end() const { return (any.to + CACHE_BLOCK - 1) / CACHE_BLOCK; }
 };
+
+// What is read of a block, if there is one.
+Soon keys_of(const uint8_t* block, const Room& room) {
+  return block == nullptr ? Soon{} : Soon{block, block + room.pairs * CACHE_BLOCK * 4};
+}
+Soon values_of(int64_t block, const Sight& sight, const Room& room) {
+  const int64_t seen = least(PAIRS, (sight.any.to - block * CACHE_BLOCK + 1) / 2);
+  return {room.values[block], room.values[block] + seen * room.width * 4};
+}
 
 // The scores of a chunk's keys for a tile. The first of many asks meanwhile for the values, which all will read.
 void score(const Room& room, const Tile& tile, bool first) {
@@ -92,10 +111,17 @@ void score(const Room& room, const Tile& tile, bool first) {
   const Sight sight(room.spans + tile.begin, count);
   const Tiles registers(registers_for(count), 16);
   const uint8_t* q = reinterpret_cast<const uint8_t*>(room.q + tile.begin * room.pairs);
-  for (int64_t b = sight.any.from / CACHE_BLOCK; b * CACHE_BLOCK < sight.any.to; ++b) {
+  for (int64_t b = sight.begin(), end = sight.end(); b < end; ++b) {
     if (first && count > HALF)
       for (int64_t i = 0; i < room.pairs * CACHE_BLOCK * 4; i += 64) prefetch(room.values[b] + i);
-    dots(room.keys[b], q, count, room.pairs / 16, room.keys[b + 1], room.scores + tile.begin * LINE + b * CACHE_BLOCK);
+    Soon soon, then;
+    if (count <= HALF && b + 1 < end) soon = keys_of(room.keys[b + 1], room);
+    if (count <= HALF && b + 1 == end) {  // what is copied is read before all others
+      soon = values_of(sight.begin(), sight, room);
+      if (!sight.whole(b) && b > sight.begin()) then = values_of(b, sight, room);
+    }
+    const bool whole = count > HALF || sight.any.to - b * CACHE_BLOCK > CACHE_BLOCK / 2;
+    dots(room.keys[b], whole, q, count, room.pairs / 16, soon, then, room.scores + tile.begin * LINE + b * CACHE_BLOCK);
   }
 }
 
@@ -105,6 +131,10 @@ bool copy_values(const uint8_t* values, int64_t width, int64_t from, int64_t to,
   __mmask32 infinite = 0;
   for (int64_t i = 0; i < PAIRS; ++i, values += width * 4, out += width * 4) {
     const bool even = from <= 2 * i && 2 * i < to, odd = from <= 2 * i + 1 && 2 * i + 1 < to;
+    if (!even && !odd) {
+      for (int64_t d = 0; d < width * 4; d += 64) store_i(out + d, _mm512_setzero_si512());
+      continue;
+    }
     const I seen = _mm512_set1_epi32(static_cast<int>((even ? 0x0000FFFFu : 0) | (odd ? 0xFFFF0000u : 0)));
     for (int64_t d = 0; d < width * 4; d += 64) {
       const I pairs = _mm512_and_si512(load_i(values + d), seen);
@@ -142,13 +172,14 @@ void mix_many(const float* weights, const uint8_t* const* blocks, int64_t begin,
 }
 
 // The same for up to HALF queries: all elements block after block, in the order in which they lie; sums wait in memory.
-void mix_few(const float* weights, const uint8_t* const* blocks, int64_t begin, int64_t end, int64_t width, float* out,
-             int64_t stride) {
+void mix_few(const float* weights, const uint8_t* const* blocks, const Soon* after, int64_t begin, int64_t end,
+             int64_t width, float* out, int64_t stride) {
   for (int64_t b = begin; b < end; ++b) {
-    const uint8_t *value = blocks[b], *soon = blocks[b + 1];
+    const uint8_t* value = blocks[b];
+    Soon soon = after[b];
     tile_load<4>(weights + b * CACHE_BLOCK / 2, LINE * 4);
-    for (int64_t d = 0; d < width; d += W, value += 64, soon += 1024) {
-      ask(soon);
+    for (int64_t d = 0; d < width; d += W, value += 64) {
+      soon.ask();
       b == begin ? tile_zero<0>() : tile_load<0>(out + d, stride * 4);
       tile_load<6>(value, width * 4);
       tile_dot_bf16<0, 4, 6>();
@@ -161,8 +192,8 @@ void mix_few(const float* weights, const uint8_t* const* blocks, int64_t begin, 
 // that is not finite, others do.
 bool mix_seen(const Room& room, int64_t from, int64_t count, float* out) {
   const Sight sight(room.spans + from, count);
-  const int64_t begin = sight.any.from / CACHE_BLOCK, end = (sight.any.to + CACHE_BLOCK - 1) / CACHE_BLOCK;
-  const uint8_t* blocks[BLOCKS + 1];
+  const int64_t begin = sight.begin(), end = sight.end();
+  const uint8_t* blocks[BLOCKS];
   for (int64_t b = begin; b < end; ++b) {
     blocks[b] = room.values[b];
     if (sight.whole(b)) continue;
@@ -173,10 +204,19 @@ bool mix_seen(const Room& room, int64_t from, int64_t count, float* out) {
     blocks[b] = copy;
   }
   const Tiles registers(registers_for(count), 16);
-  blocks[end] = room.values[end];  // what is read then
   const float* weights = room.scores + from * LINE;
-  count > HALF ? mix_many(weights, blocks, begin, end, room.width, out, room.stride)
-               : mix_few(weights, blocks, begin, end, room.width, out, room.stride);
+  if (count > HALF) {
+    mix_many(weights, blocks, begin, end, room.width, out, room.stride);
+    return true;
+  }
+  Soon after[BLOCKS], next = keys_of(room.next, room);
+  for (int64_t b = begin; b < end; ++b) {
+    if (b + 1 < end && blocks[b + 1] == room.values[b + 1])
+      after[b] = values_of(b + 1, sight, room);
+    else
+      after[b] = next, next = {};
+  }
+  mix_few(weights, blocks, after, begin, end, room.width, out, room.stride);
   return true;
 }
 

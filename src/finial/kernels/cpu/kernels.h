@@ -138,6 +138,8 @@ struct Cache {
   }
 };
 
+struct AttentionPiece;
+
 struct Attention {
   const float* q;  // [rows, heads * head_dim], heads = kv_heads * group; head h reads kv head h / group
   float* out;      // like q
@@ -149,6 +151,7 @@ struct Attention {
   int64_t group;
   int64_t window;  // positions seen, counting the row's own; 0 sees all
   float scale;
+  const AttentionPiece* next = nullptr;  // what the thread is likely to take then, or null: asked for meanwhile
 };
 
 // What one thread takes at once: neighbouring rows of one sequence, one kv head, chunks [begin, end) of positions.

@@ -245,23 +245,25 @@ void Program::execute(const Instruction& i, const Step& step, int thread) {
     }
     case Op::Attention: {
       const IntArray& pages = step.input(i.ints[3]);
-      const finial::Attention a{at(i.a),
-                                at(i.out),
-                                step.state.cache(i.cache),
-                                step.input(i.ints[0]).data,
-                                step.sequences[static_cast<size_t>(i.table)],
-                                pages.data,
-                                pages.shape[1],
-                                i.group,
-                                i.window,
-                                i.number};
+      finial::Attention a{at(i.a),
+                          at(i.out),
+                          step.state.cache(i.cache),
+                          step.input(i.ints[0]).data,
+                          step.sequences[static_cast<size_t>(i.table)],
+                          pages.data,
+                          pages.shape[1],
+                          i.group,
+                          i.window,
+                          i.number};
       // Pieces cost as much as their sequence is long, so threads take them one by one.
       AttentionPlan& plan = shares_[static_cast<size_t>(i.plan)];
       float* scratch = step.scratch + thread * step.scratch_stride;
       if (!i.barrier) announce(i, step, thread);
+      const Range own = share(plan.pieces(), thread, threads);
       int other = 0;
       for (Range got; take(i, thread, {1, 4, 1}, other, got);) {
         const AttentionPlan::Share& piece = plan.piece(got.begin);
+        a.next = other == 0 && got.end < own.end ? &plan.piece(got.end).piece : nullptr;
         kernels_->attention(a, piece.piece, piece.whole < 0 ? nullptr : partials_.floats() + piece.partial, scratch);
         if (piece.whole >= 0 && plan.last_of(piece.whole)) {
           const AttentionPlan::Share& whole = plan.whole(piece.whole);
