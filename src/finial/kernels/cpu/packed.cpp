@@ -241,10 +241,11 @@ void multiply(const Product& p, int64_t begin, int64_t end) {
 #endif
 #if defined(FINIAL_TILES)
   const Format format = p.first->format;
-  if (p.rows > TILE && (p.second == nullptr || p.second->format == format)) {
-    if (format == Format::Q8_0) return multiply_tiles<ByBlocks<Q8>>(p, begin, end);
-    if (format == Format::Q4_0) return multiply_tiles<ByBlocks<Q4>>(p, begin, end);
-    if ((format == Format::Q4_K || format == Format::Q5_K) && p.rows >= K_TILES) return multiply_k(p, begin, end);
+  if (p.second == nullptr || p.second->format == format) {
+    const auto from = [&](int64_t rows, Format one) { return p.rows >= rows && format == one; };
+    if (from(ByBlocks<Q8>::FROM, Format::Q8_0)) return multiply_tiles<ByBlocks<Q8>>(p, begin, end);
+    if (from(ByBlocks<Q4>::FROM, Format::Q4_0)) return multiply_tiles<ByBlocks<Q4>>(p, begin, end);
+    if (from(K_TILES, Format::Q4_K) || from(K_TILES, Format::Q5_K)) return multiply_k(p, begin, end);
   }
 #endif
   alignas(64) float first[GROUP * TILE * PANEL], second[GROUP * TILE * PANEL];
