@@ -9,6 +9,8 @@ import itertools
 import math
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -461,3 +463,18 @@ def test_memory_that_was_freed_goes_back_to_the_system() -> None:
     trim_heap()
     assert before - resident() > 32 << 20
     assert len(held) == 1
+
+
+_NEW_MODULES = """
+import sys
+from finial import LLM
+with LLM("demo", backend="cpu", max_batch=1) as llm:
+    before = set(sys.modules)
+    llm.generate("ROMEO:", max_tokens=8, temperature=0.8, top_p=0.95, seed=1)
+    print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_the_first_request_loads_no_module() -> None:
+    done = subprocess.run([sys.executable, "-c", _NEW_MODULES], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []  # somebody waits for its first token
