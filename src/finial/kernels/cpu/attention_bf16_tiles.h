@@ -46,7 +46,7 @@ void take_queries(const Attention& a, const AttentionPiece& piece, const Tile& t
 // Memory that few queries read next. Their time is that of reading the cache, so they ask for it with each register of
 // keys or values, as many lines as a register has, into the second-level cache. Left to the processor, which begins
 // anew with every page, two threads read 22 of 30 GB/s.
-struct Soon {
+struct Upcoming {
   const uint8_t *at = nullptr, *end = nullptr;
 
   void ask() {
@@ -56,7 +56,7 @@ struct Soon {
 
 // scores [count, LINE] = queries times a block's keys, or the first half of them; q [steps][count][32]. `soon` and
 // `then` are asked for.
-void dots(const uint8_t* keys, bool whole, const uint8_t* q, int64_t count, int64_t steps, Soon soon, Soon then,
+void dots(const uint8_t* keys, bool whole, const uint8_t* q, int64_t count, int64_t steps, Upcoming soon, Upcoming then,
           float* scores) {
   const bool two = count > HALF;
   tile_zero<0>(), tile_zero<1>();
@@ -97,10 +97,10 @@ struct Sight {
 };
 
 // What is read of a block, if there is one.
-Soon keys_of(const uint8_t* block, const Room& room) {
-  return block == nullptr ? Soon{} : Soon{block, block + room.pairs * CACHE_BLOCK * 4};
+Upcoming keys_of(const uint8_t* block, const Room& room) {
+  return block == nullptr ? Upcoming{} : Upcoming{block, block + room.pairs * CACHE_BLOCK * 4};
 }
-Soon values_of(int64_t block, const Sight& sight, const Room& room) {
+Upcoming values_of(int64_t block, const Sight& sight, const Room& room) {
   const int64_t seen = least(PAIRS, (sight.any.to - block * CACHE_BLOCK + 1) / 2);
   return {room.values[block], room.values[block] + seen * room.width * 4};
 }
@@ -114,7 +114,7 @@ void score(const Room& room, const Tile& tile, bool first) {
   for (int64_t b = sight.begin(), end = sight.end(); b < end; ++b) {
     if (first && count > HALF)
       for (int64_t i = 0; i < room.pairs * CACHE_BLOCK * 4; i += 64) prefetch(room.values[b] + i);
-    Soon soon, then;
+    Upcoming soon, then;
     if (count <= HALF && b + 1 < end) soon = keys_of(room.keys[b + 1], room);
     if (count <= HALF && b + 1 == end) {  // what is copied is read before all others
       soon = values_of(sight.begin(), sight, room);
@@ -172,11 +172,11 @@ void mix_many(const float* weights, const uint8_t* const* blocks, int64_t begin,
 }
 
 // The same for up to HALF queries: all elements block after block, in the order in which they lie; sums wait in memory.
-void mix_few(const float* weights, const uint8_t* const* blocks, const Soon* after, int64_t begin, int64_t end,
+void mix_few(const float* weights, const uint8_t* const* blocks, const Upcoming* after, int64_t begin, int64_t end,
              int64_t width, float* out, int64_t stride) {
   for (int64_t b = begin; b < end; ++b) {
     const uint8_t* value = blocks[b];
-    Soon soon = after[b];
+    Upcoming soon = after[b];
     tile_load<4>(weights + b * CACHE_BLOCK / 2, LINE * 4);
     for (int64_t d = 0; d < width; d += W, value += 64) {
       soon.ask();
@@ -209,7 +209,7 @@ bool mix_seen(const Room& room, int64_t from, int64_t count, float* out) {
     mix_many(weights, blocks, begin, end, room.width, out, room.stride);
     return true;
   }
-  Soon after[BLOCKS], next = keys_of(room.next, room);
+  Upcoming after[BLOCKS], next = keys_of(room.next, room);
   for (int64_t b = begin; b < end; ++b) {
     if (b + 1 < end && blocks[b + 1] == room.values[b + 1])
       after[b] = values_of(b + 1, sight, room);
