@@ -53,7 +53,7 @@ struct Room {
   uint8_t* value_copies;               // a chunk's, or what queries see of it; for tiles
   Two* q;                              // tiles of queries in pairs
   const uint8_t **keys, **values;      // [BLOCKS + 1]: a chunk's, and what is read after each
-  const uint8_t* next;                 // the keys that are read after the chunk, or null
+  const uint8_t* next;                 // the keys that are read after the chunk, or null; for tiles
   Softmax *state, *fresh;              // [queries]
   Span* spans;                         // [queries]
 

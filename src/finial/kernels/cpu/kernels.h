@@ -151,7 +151,7 @@ struct Attention {
   int64_t group;
   int64_t window;  // positions seen, counting the row's own; 0 sees all
   float scale;
-  const AttentionPiece* next = nullptr;  // what the thread is likely to take then, or null: asked for meanwhile
+  const AttentionPiece* next = nullptr;  // what the thread is likely to take then, or null: a hint of what to ask for
 };
 
 // What one thread takes at once: neighbouring rows of one sequence, one kv head, chunks [begin, end) of positions.

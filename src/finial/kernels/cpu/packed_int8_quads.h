@@ -213,7 +213,7 @@ void tiles_int8(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT
   if (rows <= TILE || taken.rows == 1)
     return FEW_INT8<Q>[static_cast<size_t>(taken.rows - 1)](w, taken.x[0], blocks, c);
 #if defined(FINIAL_TILES)
-  (void)target;  // beside a panel of another format, which gates it or is gated: the rest is multiply_tiles'
+  (void)target;  // fewer rows than multiply_tiles takes, or beside a panel of another format in a gated product
   for (int64_t i = 0; i < taken.tiles; c += taken.count[i++] * PANEL)
     FEW_INT8<Q>[static_cast<size_t>(taken.count[i] - 1)](w, taken.x[i], blocks, c);
 #else
