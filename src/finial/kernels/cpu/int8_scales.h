@@ -2,21 +2,24 @@
 // Included by packed_int8_quads.h and packed_k.cpp.
 //
 // The product of both is exact (Int8Block), so any way to it gives the same bits. Where AMD's processors multiply bytes
-// they multiply floats too: two of some 20 cycles of a block and row. Additions and powers of two run beside them and
-// cost nothing. So, for many rows: a row's scale has five significant bits and is 2^e (1 + a / 4 + b / 16); kept are
-// the weights' scales times each 1 + a / 4 and times each b / 16, which takes additions and 16 stores a block, and a
-// row adds two of them and scales by 2^e. GFLOP/s of 512 rows on one core of EPYC Genoa, 1024 inputs and outputs, of
-// 473 that the instruction alone reaches: so, and multiplied by each row (q8_0 and q4_0: with a table of all sixteen
-// products, twice the stores)
-//   q8_0 385, 379   q4_0 384, 377   q4_k 340, 318   q5_k 334, 310   q6_k 305, 289
-// 24 rows of q4_0 369, 360; of eight 345, 360: fewer than DIGITS_ROWS multiply. Not run on EPYC Turin yet.
+// they multiply floats too: two of some 20 operations of a block and row. Additions run beside them and cost nothing.
+// So, for many rows: a row's scale has five significant bits and is 2^e (1 + i / 16); the weights' scales times each
+// 1 + i / 16 are kept in a table, and 2^e comes with the sum's conversion: a sum of integers that begins with the bits
+// of 1.5 2^(23 + e) is a float, less that the sum times 2^e, exactly.
+//
+// GFLOP/s of 256 rows on one core of EPYC Turin, 1024 inputs, 4096 outputs and 2048 inputs, 1024 outputs, of 1,100 that
+// the instruction alone reaches: so 823 and 832 in q8_0, multiplied by each row 769 and 816; added up of two tables of
+// four for each row, as was best on EPYC Genoa, 746 and 792, that with these conversions 782 and 785: what counts there
+// is loads. Making a table takes 32 stores a block: 32 rows do not pay for it, fewer than TABLE_ROWS multiply. On EPYC
+// Genoa, 512 rows of 1024 inputs, of 473: a table with conversions by instruction 379, multiplied about as much, two
+// tables of four 385; this has not run there yet.
 #pragma once
 
 #include "panels.h"
 
 // Where additions of floats cost nothing beside multiplications of bytes.
 #if defined(FINIAL_ISA_avx512)
-#define FINIAL_INT8_DIGITS 1
+#define FINIAL_INT8_TABLE 1
 #endif
 
 #if defined(FINIAL_PACKS_INT8)
@@ -36,42 +39,40 @@ struct Multiplied {
   explicit Multiplied(const V (&scales)[PANEL_VECTORS]) {
     for (int v = 0; v < PANEL_VECTORS; ++v) scale[v] = scales[v];
   }
+  FINIAL_INLINE I start(const Int8Block&) { return start_q4(0); }
   FINIAL_INLINE Row row(const Multiplied&, const Int8Block& x) { return {set1(x.scale)}; }
+  FINIAL_INLINE V floats(const Row&, I sum) { return to_floats(sum); }
   FINIAL_INLINE V product(const Multiplied& s, const Row& row, int v) { return mul(s.scale[v], row.scale); }
 };
 
-#if defined(FINIAL_INT8_DIGITS)
+#if defined(FINIAL_INT8_TABLE)
 
-constexpr int64_t DIGITS_ROWS = 24;
+constexpr int64_t TABLE_ROWS = 48;
 
-// Added up for each row.
-struct Digits {
-  using Held = const Digits&;
+// Looked up for each row.
+struct Table {
+  using Held = const Table&;
   struct Row {
-    const float *first, *second;
-    V power;
+    const float* products;
+    V magic;
   };
-  alignas(64) float first[4 * PANEL], second[4 * PANEL];  // [digit][output]
+  alignas(64) float products[16 * PANEL];  // [sixteenths of a scale above 1][output]
 
-  explicit Digits(const V (&scale)[PANEL_VECTORS]) {
+  explicit Table(const V (&scale)[PANEL_VECTORS]) {
     for (int v = 0; v < PANEL_VECTORS; ++v) {
-      const V one = scale[v], quarter = scale_by_power(one, set1(-2)), half = add(quarter, quarter);
-      const V sixteenth = scale_by_power(one, set1(-4)), eighth = add(sixteenth, sixteenth);
-      float *a = first + v * W, *b = second + v * W;
-      store(a, one), store(a + PANEL, add(one, quarter));
-      store(a + 2 * PANEL, add(one, half)), store(a + 3 * PANEL, add(add(one, half), quarter));
-      store(b, zero()), store(b + PANEL, sixteenth);
-      store(b + 2 * PANEL, eighth), store(b + 3 * PANEL, add(eighth, sixteenth));
+      const V sixteenth = scale_by_power(scale[v], set1(-4));
+      V product = scale[v];
+      for (int i = 0; i < 16; ++i, product = add(product, sixteenth)) store(products + i * PANEL + v * W, product);
     }
   }
-  FINIAL_INLINE Row row(const Digits& d, const Int8Block& x) {
+  FINIAL_INLINE I start(const Int8Block& x) { return broadcast(&x.magic); }
+  FINIAL_INLINE Row row(const Table& t, const Int8Block& x) {
     uint32_t bits;
     std::memcpy(&bits, &x.scale, 4);
-    return {d.first + (bits >> 21 & 3) * PANEL, d.second + (bits >> 19 & 3) * PANEL, exponent(set1(x.scale))};
+    return {t.products + (bits >> 19 & 15) * PANEL, set1(x.magic)};
   }
-  FINIAL_INLINE V product(const Digits&, const Row& row, int v) {
-    return scale_by_power(add(load(row.first + v * W), load(row.second + v * W)), row.power);
-  }
+  FINIAL_INLINE V floats(const Row& row, I sum) { return sub(of_bits(sum), row.magic); }
+  FINIAL_INLINE V product(const Table&, const Row& row, int v) { return load(row.products + v * W); }
 };
 
 #endif

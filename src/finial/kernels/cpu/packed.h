@@ -13,7 +13,8 @@
 //   f32   not at all; [pair of inputs][row of the tile][2]
 //   bf16  nearest even; likewise, or for tile registers [32 inputs][row of the tile][32], zeros behind the last input
 //   int8  blocks of 32 inputs, nearest even; the scale is absmax / 127 rounded up to five significant bits, so that its
-//         product with an f16 is exact; [block][row of the tile] of Int8Block
+//         product with an f16 is exact; from 2^110 on an input counts as infinite; [block][row of the tile] of
+//         Int8Block
 // in tiles of at most Blocking::tile rows, as even as possible: tile i of n holds rows [rows i / n, rows (i + 1) / n).
 #pragma once
 
@@ -28,6 +29,7 @@ struct Int8Block {
   int32_t offset_q8;  // -128 sum(q): the same for packed bytes of q8_0, where they are biased
   int32_t first;      // -8 sum(q) of the first 16
   float minimum;      // -scale sum(q): what a weight's minimum of -1 adds
+  float magic;        // 1.5 2^(23 + e), e the exponent of the scale: n added to its bits is it + n 2^e, |n| < 2^22
 };
 
 // Behind rounded rows: tile registers take as many rows of every tile as the largest one has, of int8 up to a register.

@@ -79,8 +79,10 @@ struct Q4 {
   FINIAL_INLINE I dot(I acc, I w, I x) { return dot_q4(acc, w, x); }
 };
 
-constexpr float LEAST = 7.9e-31f;       // about 2^-100: a block of this scale is zero to any result that matters
-constexpr uint32_t DROPPED = 1u << 19;  // the bits of a float below five significant ones
+constexpr float LEAST = 7.9e-31f;          // about 2^-100: a block of this scale is zero to any result that matters
+constexpr uint32_t DROPPED = 1u << 19;     // the bits of a float below five significant ones
+constexpr float INFINITE = 1.2980742e33f;  // 2^110: what is as large has no `magic`, and counts as infinite
+constexpr float MAGIC = 12582912.0f;       // 1.5 2^23
 
 // The scale of a block whose largest magnitude this is, as bits.
 FINIAL_INLINE float scale_of(float most) {
@@ -93,6 +95,15 @@ FINIAL_INLINE float scale_of(float most) {
   return out;
 }
 
+// 2^e of a positive 2^e m, 1 <= m < 2; infinity for NaN.
+FINIAL_INLINE float power_in(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits &= 0x7F800000u;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
 FINIAL_INLINE void round_block(const float* x, Int8Block* out) {
   V top = zero(), poison = zero();
   for (int i = 0; i < 32; i += W) {
@@ -100,10 +111,11 @@ FINIAL_INLINE void round_block(const float* x, Int8Block* out) {
     top = max(top, absolute(a));
     poison = fma(a, zero(), poison);  // NaN where an activation is not finite: it must reach the result
   }
-  const float scale = scale_of(largest(top));
+  const float most = largest(top), scale = scale_of(most), finite = sum(poison) + (most < INFINITE ? 0.0f : NAN);
   const V by = set1(scale >= LEAST ? 1.0f / scale : 0.0f);
   for (int i = 0; i < 32; i += W) store_i8(out->q + i, mul(load(x + i), by));
-  out->scale = (scale >= LEAST ? scale : 1.0f) + sum(poison);
+  out->scale = (scale >= LEAST ? scale : 1.0f) + finite;
+  out->magic = power_in(out->scale) * MAGIC + finite;
   out->first = -8 * sum_i8(out->q);
   out->offset = out->first - 8 * sum_i8(out->q + 16);
   out->offset_q8 = 16 * out->offset;
@@ -112,43 +124,50 @@ FINIAL_INLINE void round_block(const float* x, Int8Block* out) {
 
 #if defined(FINIAL_AVX512)
 
-// Sixteen blocks, `step` apart at their destination: what is alike of each is done for all at once.
-void round_blocks(const float* x, Int8Block* out, int64_t step) {
+constexpr int64_t TOGETHER = 7;  // so many blocks are rounded faster at once than one by one
+
+// Up to sixteen blocks, `step` apart at their destination: what is alike of each is done for all at once.
+void round_blocks(const float* x, Int8Block* out, int64_t step, int64_t n) {
   const I magnitude = _mm512_set1_epi32(0x7FFFFFFF);
   I tops[W], first[W], second[W];
+  const auto block = [&](int i) { return x + 32 * (i < n ? i : 0); };
   for (int i = 0; i < W; ++i)  // as integers, for NaN and infinity are the largest then
-    tops[i] = _mm512_max_epi32(_mm512_and_si512(load_i(x + 32 * i), magnitude),
-                               _mm512_and_si512(load_i(x + 32 * i + W), magnitude));
+    tops[i] = _mm512_max_epi32(_mm512_and_si512(load_i(block(i)), magnitude),
+                               _mm512_and_si512(load_i(block(i) + W), magnitude));
   const I top = reduce_each(tops, [](I a, I b) { return _mm512_max_epi32(a, b); });
   const I exact = _mm512_castps_si512(div(_mm512_castsi512_ps(top), set1(127)));
   const V rounded = _mm512_castsi512_ps(
       _mm512_andnot_si512(_mm512_set1_epi32(DROPPED - 1), _mm512_add_epi32(exact, _mm512_set1_epi32(DROPPED - 1))));
   const __mmask16 counts = _mm512_cmp_ps_mask(rounded, set1(LEAST), _CMP_GE_OQ);
-  alignas(64) float scale[W], by[W], minimum[W];
+  alignas(64) float scale[W], by[W], minimum[W], magic[W];
   alignas(64) int32_t offsets[2][W];
   store(by, _mm512_maskz_div_ps(counts, set1(1), rounded));
-  const __mmask16 finite = _mm512_cmplt_epi32_mask(top, _mm512_set1_epi32(0x7F800000));
-  store(scale, _mm512_mask_mov_ps(set1(NAN), finite, _mm512_mask_mov_ps(set1(1), counts, rounded)));
+  const __mmask16 finite = _mm512_cmplt_epi32_mask(top, _mm512_castps_si512(set1(INFINITE)));
+  const V scales = _mm512_mask_mov_ps(set1(NAN), finite, _mm512_mask_mov_ps(set1(1), counts, rounded));
+  store(scale, scales);
+  store(magic, scale_by_power(set1(MAGIC), exponent(scales)));
   for (int i = 0; i < W; ++i) {
     const V factor = set1(by[i]);
-    const I a = _mm512_cvtps_epi32(mul(load(x + 32 * i), factor));
-    const I b = _mm512_cvtps_epi32(mul(load(x + 32 * i + W), factor));
+    const I a = _mm512_cvtps_epi32(mul(load(block(i)), factor));
+    const I b = _mm512_cvtps_epi32(mul(load(block(i) + W), factor));
+    first[i] = a, second[i] = b;
+    if (i >= n) continue;
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out[i * step].q), _mm512_cvtsepi32_epi8(a));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out[i * step].q + W), _mm512_cvtsepi32_epi8(b));
-    first[i] = a, second[i] = b;
   }
   const auto offset = [](I sum) { return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum, 3)); };
   const I half = offset(reduce_each(first, add_i)), whole = add_i(half, offset(reduce_each(second, add_i)));
   _mm512_store_si512(offsets[0], half);
   _mm512_store_si512(offsets[1], whole);
   store(minimum, mul(mul(load(scale), set1(0.125f)), to_floats(whole)));
-  for (int i = 0; i < W; ++i) {
-    Int8Block& block = out[i * step];
-    block.scale = scale[i];
-    block.offset = offsets[1][i];
-    block.offset_q8 = 16 * offsets[1][i];
-    block.first = offsets[0][i];
-    block.minimum = minimum[i];
+  for (int i = 0; i < n; ++i) {
+    Int8Block& to = out[i * step];
+    to.scale = scale[i];
+    to.offset = offsets[1][i];
+    to.offset_q8 = 16 * offsets[1][i];
+    to.first = offsets[0][i];
+    to.minimum = minimum[i];
+    to.magic = magic[i];
   }
 }
 
@@ -157,14 +176,14 @@ void round_blocks(const float* x, Int8Block* out, int64_t step) {
 void round_int8(const float* x, int64_t n_in, int64_t rows, uint8_t* tile) {
 #if defined(FINIAL_AVX512)
   if (n_in == 32)  // of each row one block
-    for (; rows >= W; rows -= W, x += 32 * W, tile += W * sizeof(Int8Block))
-      round_blocks(x, reinterpret_cast<Int8Block*>(tile), 1);
+    for (; rows >= TOGETHER; rows -= W, x += 32 * W, tile += W * sizeof(Int8Block))
+      round_blocks(x, reinterpret_cast<Int8Block*>(tile), 1, rows < W ? rows : W);
 #endif
   for (int64_t row = 0; row < rows; ++row, x += n_in) {
     Int8Block* out = reinterpret_cast<Int8Block*>(tile) + row;
     int64_t k = 0;
 #if defined(FINIAL_AVX512)
-    for (; k + 32 * W <= n_in; k += 32 * W) round_blocks(x + k, out + k / 32 * rows, rows);
+    for (; k + 32 * W <= n_in; k += 32 * W) round_blocks(x + k, out + k / 32 * rows, rows, W);
 #endif
     for (; k < n_in; k += 32) round_block(x + k, out + k / 32 * rows);
   }

@@ -6,9 +6,9 @@
 // additions beside them: 89 % is the most that blocks of 32 allow, on AMD. Measured on one core of EPYC Genoa, 512
 // rows, 1024 and 3072 inputs, of 473 GFLOP/s of the instruction alone: 81 and 83 %; the loop over rows by itself 88 %,
 // all of it in the first-level cache. What is between them: a block's beginning and end, and zeroing and writing
-// results. EPYC Turin, which starts two of these instructions each cycle, did 512 rows at 73 to 77 % of 1,060 GFLOP/s,
-// the loop alone at 86 %, with products of scales from a table of sixteen; with one chain a sum and without asking for
-// rows 67 to 72 %. On Ice Lake all of a block's arithmetic shares two ports (24 instructions a row, 67 % of them
+// results. EPYC Turin, which starts two of these instructions each cycle, does 256 rows at 74 to 76 % of 1,100 GFLOP/s;
+// without finishing results it is 81, without storing sums 83, with an addition instead of the fma 95, with the
+// multiplications alone 98. Weights that are loaded for six rows with all sums in registers do worse there (62 to 65 %). On Ice Lake all of a block's arithmetic shares two ports (24 instructions a row, 67 % of them
 // multiplications), and a broadcast or load of 64 bytes takes 0.9 cycles: what counts is to load less, so there scales
 // stay in registers and are multiplied. One core does 168 rows at 395 of 825 GFLOP/s, 342 with tables; the loop alone
 // 440, in hand-written assembly 490.
@@ -38,7 +38,10 @@ FINIAL_INLINE void add_block(const I (&w)[8][PANEL_VECTORS], const Scale& scale,
   I sums[N][SPLIT][PANEL_VECTORS];
   for (int r = 0; r < N; ++r)
     for (int v = 0; v < PANEL_VECTORS; ++v)
-      for (int s = 0; s < SPLIT; ++s) sums[r][s][v] = s == 0 ? Q::start(x[r]) : start_q4(0);
+      for (int s = 0; s < SPLIT; ++s) {
+        const I zero = s == SPLIT - 1 ? Scale::start(x[r]) : start_q4(0);
+        sums[r][s][v] = s == 0 ? add_i(Q::start(x[r]), zero) : zero;
+      }
   for (int j = 0; j < 8; j += SPLIT)
     for (int r = 0; r < N; ++r)
       for (int s = 0; s < SPLIT; ++s) {
@@ -52,7 +55,7 @@ FINIAL_INLINE void add_block(const I (&w)[8][PANEL_VECTORS], const Scale& scale,
     const typename Scale::Row row = Scale::row(scale, x[r]);
     for (int v = 0; v < PANEL_VECTORS; ++v) {
       float* at = c + r * PANEL + v * W;
-      store(at, fma(to_floats(sums[r][0][v]), Scale::product(scale, row, v), load(at)));
+      store(at, fma(Scale::floats(row, sums[r][0][v]), Scale::product(scale, row, v), load(at)));
     }
   }
 }
@@ -222,9 +225,9 @@ void tiles_int8(const uint8_t* FINIAL_RESTRICT w, const uint8_t* FINIAL_RESTRICT
     V scale[PANEL_VECTORS];
     for (int v = 0; v < PANEL_VECTORS; ++v) scale[v] = load_f16(w + v * W * 2);
     expect(target, taken.rows * b / blocks, taken.rows * (b + 1) / blocks);
-#if defined(FINIAL_INT8_DIGITS)
-    if (taken.rows >= DIGITS_ROWS) {
-      add_rows<Q>(w, Digits(scale), taken, b, c);
+#if defined(FINIAL_INT8_TABLE)
+    if (taken.rows >= TABLE_ROWS) {
+      add_rows<Q>(w, Table(scale), taken, b, c);
       continue;
     }
 #endif

@@ -60,7 +60,9 @@ FINIAL_INLINE void add_group(const uint8_t* pair, const typename K::Factors& f, 
   for (int v = 0; v < NV; ++v) {
     V scale, second;
     K::template of_group<ODD>(f, pair, group, v, scale, second);
-    acc[v] = K::add(low[v], high[v], scale, second, mul(K::scaled(f.d[v], scale), set1(x.scale)), x, acc[v]);
+    const Multiplied::Row row{set1(x.scale)};
+    const V product = mul(K::scaled(f.d[v], scale), row.scale);
+    acc[v] = K::template add<Multiplied>(row, low[v], high[v], scale, second, product, x, acc[v]);
   }
 }
 
@@ -127,7 +129,8 @@ FINIAL_INLINE void add_few(const uint8_t*& pair, const typename K::Factors& f, i
 #pragma GCC unroll 4
   for (int r = 0; r < N; ++r) {
     float* y = c + r * PANEL + v * W;
-    store(y, K::add(low[r], high[r], scale, second, mul(scaled, set1(x[r].scale)), x[r], load(y)));
+    const Multiplied::Row row{set1(x[r].scale)};
+    store(y, K::template add<Multiplied>(row, low[r], high[r], scale, second, mul(scaled, row.scale), x[r], load(y)));
   }
   load_afresh(pair);
 }
@@ -177,7 +180,7 @@ template <class K, int N, class Scale>
 FINIAL_INLINE void add_rows(const Levels32<K>& g, const Scale& scales, const Int8Block* x, float* c) {
   I low[N][NV], high[N][NV];
   for (int r = 0; r < N; ++r) {
-    for (int v = 0; v < NV; ++v) K::start(x[r], low[r][v], high[r][v]);
+    for (int v = 0; v < NV; ++v) K::template start_scaled<Scale>(x[r], low[r][v], high[r][v]);
     half_sums<K, 0>(g.w[0], x[r], low[r]);
     half_sums<K, 1>(g.w[1], x[r], high[r]);
   }
@@ -186,7 +189,7 @@ FINIAL_INLINE void add_rows(const Levels32<K>& g, const Scale& scales, const Int
     for (int v = 0; v < NV; ++v) {
       float* at = c + r * PANEL + v * W;
       const V product = Scale::product(scales, row, v);
-      store(at, K::add(low[r][v], high[r][v], g.scale[v], g.second[v], product, x[r], load(at)));
+      store(at, K::template add<Scale>(row, low[r][v], high[r][v], g.scale[v], g.second[v], product, x[r], load(at)));
     }
   }
 }
@@ -247,9 +250,9 @@ void tiles_of(const uint8_t* FINIAL_RESTRICT w, const Product& p, int64_t n_in, 
     if (p.rows > TILE) expect(target, taken.rows * b / blocks, taken.rows * (b + 1) / blocks);
     typename K::Factors f;
     K::load(w, f);
-#if defined(FINIAL_INT8_DIGITS)
-    if (taken.rows >= DIGITS_ROWS) {
-      meet_block<K, Digits>(w, f, taken, b, c);
+#if defined(FINIAL_INT8_TABLE)
+    if (taken.rows >= TABLE_ROWS) {
+      meet_block<K, Table>(w, f, taken, b, c);
       continue;
     }
 #endif

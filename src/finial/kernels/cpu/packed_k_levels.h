@@ -44,8 +44,14 @@ struct Scaled {
 
   FINIAL_INLINE void start(const Int8Block&, I& low, I& high) { low = high = start_q4(0); }
   FINIAL_INLINE V scaled(V, V scale) { return scale; }
-  FINIAL_INLINE V add(I low, I high, V, V second, V product, const Int8Block& x, V acc) {
-    acc = fma(to_floats(add_i(low, high)), product, acc);
+  template <class Scale>
+  FINIAL_INLINE void start_scaled(const Int8Block& x, I& low, I& high) {
+    low = start_q4(0), high = Scale::start(x);
+  }
+  template <class Scale>
+  FINIAL_INLINE V add(const typename Scale::Row& row, I low, I high, V, V second, V product, const Int8Block& x,
+                      V acc) {
+    acc = fma(Scale::floats(row, add_i(low, high)), product, acc);
     return fma(second, set1(x.minimum), acc);
   }
 };
@@ -99,8 +105,15 @@ struct Q6K {
     low = start_q4(4 * x.first), high = start_q4(4 * (x.offset - x.first));
   }
   FINIAL_INLINE V scaled(V d, V) { return d; }
-  FINIAL_INLINE V add(I low, I high, V scale, V second, V product, const Int8Block&, V acc) {
-    return fma(fma(to_floats(high), second, mul(to_floats(low), scale)), product, acc);
+  template <class Scale>
+  FINIAL_INLINE void start_scaled(const Int8Block& x, I& low, I& high) {
+    start(x, low, high);
+    low = add_i(low, Scale::start(x)), high = add_i(high, Scale::start(x));
+  }
+  template <class Scale>
+  FINIAL_INLINE V add(const typename Scale::Row& row, I low, I high, V scale, V second, V product, const Int8Block&,
+                      V acc) {
+    return fma(fma(Scale::floats(row, high), second, mul(Scale::floats(row, low), scale)), product, acc);
   }
 };
 

@@ -182,6 +182,7 @@ FINIAL_INLINE I dot_four(I acc, const I (&w)[4], const I (&x)[4]) {
 }
 FINIAL_INLINE void store_i(void* p, I a) { _mm512_storeu_si512(p, a); }
 FINIAL_INLINE V to_floats(I a) { return _mm512_cvtepi32_ps(a); }
+FINIAL_INLINE V of_bits(I a) { return _mm512_castsi512_ps(a); }
 FINIAL_INLINE V absolute(V a) { return _mm512_abs_ps(a); }
 FINIAL_INLINE void store_i8(int8_t* p, V a) {  // nearest even
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a)));
