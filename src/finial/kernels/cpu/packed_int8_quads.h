@@ -8,10 +8,11 @@
 // all of it in the first-level cache. What is between them: a block's beginning and end, and zeroing and writing
 // results. EPYC Turin, which starts two of these instructions each cycle, does 256 rows at 74 to 76 % of 1,100 GFLOP/s;
 // without finishing results it is 81, without storing sums 83, with an addition instead of the fma 95, with the
-// multiplications alone 98. Weights that are loaded for six rows with all sums in registers do worse there (62 to 65 %). On Ice Lake all of a block's arithmetic shares two ports (24 instructions a row, 67 % of them
-// multiplications), and a broadcast or load of 64 bytes takes 0.9 cycles: what counts is to load less, so there scales
-// stay in registers and are multiplied. One core does 168 rows at 395 of 825 GFLOP/s, 342 with tables; the loop alone
-// 440, in hand-written assembly 490.
+// multiplications alone 98. Weights that are loaded for six rows with all sums in registers do worse there, 62 to 65 %.
+// On Ice Lake all of a block's arithmetic shares two ports (24 instructions a row, 67 % of them multiplications), and a
+// broadcast or load of 64 bytes takes 0.9 cycles: what counts is to load less, so there scales stay in registers and
+// are multiplied. One core does 168 rows at 395 of 825 GFLOP/s, 342 with tables; the loop alone 440, in hand-written
+// assembly 490.
 #pragma once
 
 #include <array>
@@ -60,20 +61,16 @@ FINIAL_INLINE void add_block(const I (&w)[8][PANEL_VECTORS], const Scale& scale,
   }
 }
 
-// With tile registers from so many rows on a block asks for a line or two at a time, beside its arithmetic: few_int8
-// says why.
-#if defined(FINIAL_TILES)
-constexpr int EVENLY_FROM = 2;
-#else
-constexpr int EVENLY_FROM = 1 << 30;
-#endif
-
 // c [N, PANEL] = a panel times N rows: weights are used as they come, and sums and results stay in registers.
 template <class Q, int N>
 void some_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
                float* FINIAL_RESTRICT c) {
   const Asked ask = asks(N, Q::ENOUGH);
-  constexpr bool evenly = EVENLY_FROM <= N;
+#if defined(FINIAL_TILES)
+  constexpr bool evenly = N > 1;  // few_int8 says why
+#else
+  constexpr bool evenly = N > 1 && Q::WORDS == 8;
+#endif
   constexpr int LINES = Q::BLOCK / 64;
   V acc[N][PANEL_VECTORS];
   for (int r = 0; r < N; ++r)
@@ -136,67 +133,78 @@ FINIAL_APART void add_rows(const uint8_t* FINIAL_RESTRICT p, const Scale& scale,
 
 #endif
 
-// Few rows, what two threads of EPYC Genoa read with them of 55 to 60 GB/s, 1024 inputs, in % (and before, a loop over
+// Few rows: what two threads of EPYC Genoa read with them of 55 to 60 GB/s, 1024 inputs, in % (and before, a loop over
 // pairs whose weights the compiler loaded in an order of its own and kept on the stack): q8_0 2 rows 100 (85), 3 98
 // (90), 4 87 (74), 5 94 (78), 6 89 (79), 8 71 (64); q4_0 2 rows 99 (97), 3 92 (88), 4 76 (73), 5 63 (59). Of 32 to 36
 // GB/s 4 rows of q8_0 97 (88), 6 95 (88), 8 94 (88). What is in registers shows up in that: with results there and
 // weights as they come (some_int8) 3 to 6 rows of q8_0 read 5 to 20 % less, with weights there two read 20 % less.
 // Arithmetic alone takes 20 cycles a row and block, 22 in the second-level cache.
-//
-// Block at p of a panel with ROWS rows, N at a time; with each N of them `share` bytes at `soon` are asked for, into
-// the second-level cache where that is how processors with tile registers gain from it. A function for each N: in one
-// for several GCC keeps weights on the stack.
-template <class Q, int N, int ROWS>
-FINIAL_APART void add_few(const uint8_t* FINIAL_RESTRICT p, const Int8Block* FINIAL_RESTRICT x, const uint8_t* soon,
-                          int64_t share, float* FINIAL_RESTRICT c) {
+
+// While rows [done, done + n) of ROWS meet block p of a panel, their share of what is asked for with it. Without
+// AVX-512, where few rows take about as long as reading the panel, that lies AHEAD.
+template <class Q, int ROWS>
+FINIAL_INLINE void ask_beside(const Asked& ask, const uint8_t* p, int done, int n) {
+  constexpr int LINES = (Q::BLOCK + 63) / 64;
+  const int64_t from = LINES * done / ROWS * 64, bytes = LINES * (done + n) / ROWS * 64 - from;
+  if (W == 16)
+    stream(ask, p + from, bytes);
+  else if (ROWS * 192 >= Q::BLOCK)
+    prefetch(p + AHEAD + from, bytes);
+}
+
+// Block at p of a panel with rows [DONE, DONE + COUNT) of ROWS, at x, N at a time. A function for each N: in one for
+// several GCC keeps weights on the stack.
+template <class Q, int N, int DONE, int COUNT, int ROWS>
+FINIAL_APART void add_few(const uint8_t* FINIAL_RESTRICT p, const Int8Block* FINIAL_RESTRICT x, Asked ask,
+                          float* FINIAL_RESTRICT c) {
+  ask_beside<Q, ROWS>(ask, p, DONE, N);
   V scale[PANEL_VECTORS];
   for (int v = 0; v < PANEL_VECTORS; ++v) scale[v] = load_f16(p + v * W * 2);
   I w[8][PANEL_VECTORS];
   Q::load(p + PANEL * 2, w);
   const Multiplied scales(scale);
-  for (int r = 0; r < ROWS; r += N, x += N, c += N * PANEL, soon += share) {
-#if defined(FINIAL_TILES)
-    for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(soon + i, 0, 2);
-#else
-    prefetch(soon, share);
-#endif
+#pragma GCC unroll 8
+  for (int r = 0; r < COUNT; r += N, x += N, c += N * PANEL) {
+    if (r > 0) ask_beside<Q, ROWS>(ask, p, DONE + r, N);
     add_block<Q, N>(w, scales, x, c);
   }
 }
 
-// c [ROWS, PANEL] = a panel times so many rows: pairs, and three of an odd number; four at once without tile registers,
-// and with them of 8, 12 and 16 (prompts of so many tokens 0.99, 0.96 and 0.96 of the time in q4_0, 1.00, 1.01, 0.98 in
-// q8_0).
-// Without AVX-512, where their arithmetic takes about as long as reading the panel, it is asked for AHEAD bytes early.
-// Beside tile registers a block that is asked for at once keeps the weights waiting for a way into the first-level
-// cache, so that reading and arithmetic took turns: evenly, 2 to 6 rows of q4_0 take 0.79 to 0.91 of the time, 4 rows
-// of q8_0 0.95, 8 rows of both 0.85, 12 rows 0.90 and 0.93, 16 0.90 and 0.96 (one thread, 151,936 outputs from memory,
-// in turn).
+// c [ROWS, PANEL] = a panel times so many rows, N at a time, and three of an odd number.
+template <class Q, int N, int ROWS>
+FINIAL_INLINE void meet_few(const uint8_t* w, const Int8Block* x, int64_t blocks, const Asked& ask, float* c) {
+  constexpr int OVER = ROWS % 2 == 0 ? 0 : W == 16 ? 3 : 1, FIRST = ROWS - OVER;
+  for (int64_t i = 0; i < ROWS * PANEL; i += W) store(c + i, zero());
+  for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK, x += ROWS) {
+    if constexpr (FIRST > 0) add_few<Q, N, 0, FIRST, ROWS>(w, x, ask, c);
+    if constexpr (OVER > 0) add_few<Q, OVER, FIRST, OVER, ROWS>(w, x + FIRST, ask, c + FIRST * PANEL);
+  }
+}
+
+// c [ROWS, PANEL] = a panel times so many rows: pairs, and three of an odd number. Four at once where nothing is asked
+// for, and with tile registers of 8, 12 and 16 (prompts of so many tokens 0.99, 0.96 and 0.96 of the time in q4_0,
+// 1.00, 1.01, 0.98 in q8_0).
+//
+// What is asked for with a block is asked for evenly: all at once keeps the weights waiting for a way into the
+// first-level cache, so that reading and arithmetic take turns. With tile registers 2 to 6 rows of q4_0 take 0.79 to
+// 0.91 of the time so, 4 rows of q8_0 0.95, 8 rows of both 0.85, 12 rows 0.90 and 0.93, 16 0.90 and 0.96 (one thread,
+// 151,936 outputs from memory, in turn). On EPYC Turin 2 to 12 rows of q8_0 but 3 take 0.91 to 0.95 (two threads that
+// read 57 GB/s), more rows of q4_0 as long as before, and 2 to 6 in the second-level cache 1.01 to 1.05: these do not.
 template <class Q, int ROWS>
 void few_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
               float* FINIAL_RESTRICT c) {
   if constexpr (ROWS <= (W == 16 ? Q::IN_REGISTERS : 1)) {
     some_int8<Q, ROWS>(w, x, blocks, c);
   } else {
-    constexpr int OVER = ROWS % 2 == 0 ? 0 : W == 16 ? 3 : 1, FIRST = ROWS - OVER;
     const Asked ask = asks(ROWS, Q::ENOUGH);
 #if defined(FINIAL_TILES)
     constexpr int N = ROWS % 4 == 0 && ROWS > 4 ? 4 : 2;
-    constexpr int64_t TURNS = FIRST > 0 ? FIRST / N : 1, LINES = (Q::BLOCK / 64 + TURNS - 1) / TURNS;
-    constexpr bool evenly = TURNS > 1;
-    const int64_t ahead = ask.distance, share = evenly && ask.how != Ask::Nothing ? LINES * 64 : 0;
 #else
-    constexpr int N = W == 16 && ROWS == 4 ? 4 : 2;
-    constexpr bool evenly = false;
-    constexpr int64_t ahead = AHEAD;
-    constexpr int64_t share = W == 16 || ROWS * 192 < Q::BLOCK ? 0 : (Q::BLOCK + 32 * ROWS - 1) / (32 * ROWS) * 64;
+    constexpr int N = 2;
+    if constexpr (W == 16 && ROWS == 4)
+      if (ask.how == Ask::Nothing) return meet_few<Q, 4, ROWS>(w, x, blocks, ask, c);
 #endif
-    for (int64_t i = 0; i < ROWS * PANEL; i += W) store(c + i, zero());
-    for (int64_t b = 0; b < blocks; ++b, w += Q::BLOCK, x += ROWS) {
-      if (!evenly) stream(ask, w, Q::BLOCK);
-      if constexpr (FIRST > 0) add_few<Q, N, FIRST>(w, x, w + ahead, share, c);
-      if constexpr (OVER > 0) add_few<Q, OVER, OVER>(w, x + FIRST, w, 0, c + FIRST * PANEL);
-    }
+    meet_few<Q, N, ROWS>(w, x, blocks, ask, c);
   }
 }
 
