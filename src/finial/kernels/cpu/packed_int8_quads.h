@@ -183,13 +183,16 @@ FINIAL_INLINE void meet_few(const uint8_t* w, const Int8Block* x, int64_t blocks
 
 // c [ROWS, PANEL] = a panel times so many rows: pairs, and three of an odd number. Four at once where nothing is asked
 // for, and with tile registers of 8, 12 and 16 (prompts of so many tokens 0.99, 0.96 and 0.96 of the time in q4_0,
-// 1.00, 1.01, 0.98 in q8_0).
+// 1.00, 1.01, 0.98 in q8_0). Where the processor always gains from asking, results of 3 to 5 rows stay in registers:
+// q8_0 0.95, 0.95 and 0.96 of the time on EPYC Turin (two threads that read 57 GB/s; one thread 0.90, 0.91, 0.96).
+// Eight in halves of four so 1.00 to 1.02.
 //
 // What is asked for with a block is asked for evenly: all at once keeps the weights waiting for a way into the
 // first-level cache, so that reading and arithmetic take turns. With tile registers 2 to 6 rows of q4_0 take 0.79 to
 // 0.91 of the time so, 4 rows of q8_0 0.95, 8 rows of both 0.85, 12 rows 0.90 and 0.93, 16 0.90 and 0.96 (one thread,
-// 151,936 outputs from memory, in turn). On EPYC Turin 2 to 12 rows of q8_0 but 3 take 0.91 to 0.95 (two threads that
-// read 57 GB/s), more rows of q4_0 as long as before, and 2 to 6 in the second-level cache 1.01 to 1.05: these do not.
+// 151,936 outputs from memory, in turn). On EPYC Turin 2 and 6 to 12 rows of q8_0 take 0.91 to
+// 0.95 (two threads that read 57 GB/s), more rows of q4_0 as long as before, and 2 to 6 in the second-level cache 1.01
+// to 1.05: these do not.
 template <class Q, int ROWS>
 void few_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
               float* FINIAL_RESTRICT c) {
@@ -201,6 +204,8 @@ void few_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT
     constexpr int N = ROWS % 4 == 0 && ROWS > 4 ? 4 : 2;
 #else
     constexpr int N = 2;
+    if constexpr (W == 16 && ROWS <= 5)
+      if (asking.always) return some_int8<Q, ROWS>(w, x, blocks, c);
     if constexpr (W == 16 && ROWS == 4)
       if (ask.how == Ask::Nothing) return meet_few<Q, 4, ROWS>(w, x, blocks, ask, c);
 #endif
