@@ -90,14 +90,15 @@ def measure(args: argparse.Namespace, rows: int, depth: int) -> dict[str, float 
     step = feeds(rows, depth, args.heads, args.kv_heads, args.head_dim, args.page_size, pages)
     multiplies = CpuBackend(args.threads).attention_precision(args.kv)
     peak = _native.peak_flops(args.threads, multiplies, 0.1)
-    before = _native.read_bandwidth(args.threads, 1 << 28, 0.2)
+    reader = _native.Reader(args.threads, max(nbytes * layers, 1 << 20))
+    before = reader.gb_s(0.2)
     samples: list[float] = []
     start = time.perf_counter()
     while len(samples) < 5 or time.perf_counter() - start < args.seconds:
         at = time.perf_counter()
         run.run(step, state)
         samples.append((time.perf_counter() - at) / layers)
-    bandwidth = max(before, _native.read_bandwidth(args.threads, 1 << 28, 0.2))
+    bandwidth = max(before, reader.gb_s(0.2))
     median = statistics.median(samples[1:])
     flops = 4 * args.heads * args.head_dim * sum(range(depth - rows + 1, depth + 1))
     return {

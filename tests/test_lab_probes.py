@@ -15,6 +15,7 @@ import pytest
 from finial.lab import checks, session
 from finial.lab.analysis import energy
 from finial.lab.engines.table import ENGINES
+from finial.lab.limits import Probe
 from finial.lab.plan import Plan
 from finial.lab.probes.clock import DeviceClock, FakeClock
 from finial.lab.probes.energy import (
@@ -35,7 +36,7 @@ from finial.lab.record import Data, Record
 from finial.lab.report import markdown_text
 from finial.lab.session import Model, Session
 from finial.lab.workloads import Sizes
-from finial.machine import Sources
+from finial.machine import Sources, probe_cpu
 from machines import linux, write
 from waiting import HUNG_S, until
 
@@ -470,3 +471,12 @@ def test_this_machine_answers() -> None:
     assert state.load is None or state.load >= 0
     meter = open_meter()
     assert meter.used(meter.read(), meter.read()).seconds >= 0
+
+
+def test_the_machine_is_probed_over_as_many_bytes_as_a_step_reads(tmp_path: Path) -> None:
+    probe = Probe(tmp_path)
+    for reads, in_cache in ((3 << 20, True), (300_000_000, probe_cpu(Sources()).last_level_bytes >= 300_000_000)):
+        now = probe.now(threads=1, nbytes=reads)
+        assert now["over_bytes"] <= reads and (now["over_bytes"] == reads or reads > 16 << 20)
+        assert now["read_gb_s"] > 0.1 and now["from_cache"] is in_cache
+    assert probe.now(threads=1)["over_bytes"] >= 16 << 20

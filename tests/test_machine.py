@@ -421,9 +421,29 @@ def test_bandwidth_of_this_machine() -> None:
 def test_buffer_for_bandwidth_exceeds_caches_and_spares_memory(tmp_path: Path) -> None:
     found = cpu.probe_cpu(linux(tmp_path, ZEN))
     plenty = machine.Memory(64 * GIB, 60 * GIB, 64 * GIB, None)
-    assert machine.bandwidth_bytes(found, plenty) == 256 << 20
+    assert machine.bandwidth_bytes(found, plenty) == max(GIB, 16 * found.last_level_bytes)
     scarce = machine.Memory(GIB, GIB, GIB, None)
     assert machine.bandwidth_bytes(found, scarce) == GIB // 8
+
+
+def test_buffer_for_bandwidth_is_as_large_as_what_a_step_reads(tmp_path: Path) -> None:
+    found = cpu.probe_cpu(linux(tmp_path, ZEN))
+    plenty, scarce = machine.Memory(64 * GIB, 60 * GIB, 64 * GIB, None), machine.Memory(GIB, GIB // 4, GIB, None)
+    for reads in (5 << 20, 335_544_320, 2 * GIB):
+        assert machine.bandwidth_bytes(found, plenty, reads) == reads
+    assert machine.bandwidth_bytes(found, plenty, 1000) == 1 << 20
+    assert machine.bandwidth_bytes(found, scarce, 2 * GIB) == GIB // 32
+
+
+def test_a_reader_keeps_its_buffer_while_size_and_threads_stay() -> None:
+    reader = machine.Reader()
+    first = reader.measure(1, 4 << 20, 0.01)
+    buffer = reader._native
+    assert first.read_gb_s and reader.measure(1, 4 << 20, 0.01).read_gb_s and reader._native is buffer
+    assert reader.measure(2, 4 << 20, 0.01).read_gb_s and reader._native is not buffer
+    refused = reader.measure(1, 10, 0.01)
+    assert refused.read_gb_s is None and "16384" in refused.error
+    assert reader.measure(1, 4 << 20, 0.01).read_gb_s
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ class Read:
 
     Attributes:
         gb_s: 1e9 bytes per second, with the threads that compute the steps.
-        over_bytes: size of the buffer that was read.
-        in_cache: a step's bytes fit the last-level cache, so that the buffer was made as large as they are.
+        over_bytes: size of the buffer that was read: a step's bytes, or as many as memory allows.
+        in_cache: the last-level cache holds a step's bytes.
     """
 
     gb_s: float
@@ -65,6 +65,6 @@ def measure_read(llm: LLM, reads: int, seconds: float = SECONDS) -> Read | None:
         return None
     cpu = probe_cpu(Sources())
     in_cache = 0 < reads <= cpu.last_level_bytes
-    over = reads if in_cache else bandwidth_bytes(cpu, probe_memory(Sources()))
+    over = bandwidth_bytes(cpu, probe_memory(Sources()), reads)
     gb_s = measure_bandwidth([threads], over, seconds)[0].read_gb_s
     return None if gb_s is None else Read(gb_s, over, in_cache)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finial.machine import Sources, bandwidth_bytes, measure_bandwidth, probe_cpu, probe_memory
+from finial.machine import Reader, Sources, bandwidth_bytes, probe_cpu, probe_memory
 
 SOURCE = Path(__file__).with_name("probe.c")
 SECONDS = 0.15  # a dozen passes over the buffer
@@ -34,21 +34,22 @@ class Probe:
     def __init__(self, cache: Path) -> None:
         self._library, self.error = _build(cache)
         self._cpus = _cpus()
-        cpu = probe_cpu(Sources())
-        self._features = cpu.features
-        self._bytes, self._last_level = bandwidth_bytes(cpu, probe_memory(Sources())), cpu.last_level_bytes
+        self._cpu, self._reader = probe_cpu(Sources()), Reader()
+        self._sizes: dict[int, int] = {}  # of the buffer for so many bytes
 
     def now(self, threads: int, nbytes: int = 0) -> dict[str, Any]:
         """The fields of `record.Reading`: with as many threads as the engines have.
 
         Args:
-            nbytes: that a step reads; when the last cache level holds them, the bandwidth is the cache's.
+            nbytes: that a step reads, and so the bandwidth's buffer; when the last cache level holds them, the
+                bandwidth is the cache's. 0: a buffer that no cache holds.
         """
-        cached = 0 < nbytes <= self._last_level
-        size = max(nbytes, 1 << 20) if cached else self._bytes
-        read = measure_bandwidth([threads], size, SECONDS / 3 if cached else SECONDS)[0]
+        cached = 0 < nbytes <= self._cpu.last_level_bytes
+        if nbytes not in self._sizes:
+            self._sizes[nbytes] = bandwidth_bytes(self._cpu, probe_memory(Sources()), nbytes)
+        read = self._reader.measure(threads, self._sizes[nbytes], SECONDS / 3 if cached else SECONDS)
         now = {"read_gb_s": read.read_gb_s, "core_to_core_ns": self._latency(), "at": round(time.time(), 2)}
-        return {**now, "from_cache": cached}
+        return {**now, "from_cache": cached, "over_bytes": self._sizes[nbytes]}
 
     def peaks(self, threads: int) -> dict[str, float]:
         """1e9 operations per second by kind of number; those that this CPU has, by its fastest instruction."""
@@ -57,7 +58,7 @@ class Probe:
         cpus = (ctypes.c_int * threads)(*(self._cpus[i % len(self._cpus)] for i in range(threads)))
         found = {name: self._library.peak_gops(kind, cpus, threads, 0.2) for name, kind in PEAKS.items()}
         for name, (feature, kind) in TILE_PEAKS.items():
-            if feature in self._features:
+            if feature in self._cpu.features:
                 found[name] = max(found[name], self._library.peak_gops(kind, cpus, threads, 0.2))
         return {name: round(value, 1) for name, value in found.items() if value > 0}
 

@@ -27,7 +27,8 @@ class Reading(msgspec.Struct, omit_defaults=True):
     """The machine beside a sample.
 
     Attributes:
-        read_gb_s: read bandwidth, 1e9 bytes per second; from_cache: of a buffer that fits the last cache level.
+        read_gb_s: read bandwidth, 1e9 bytes per second, of a buffer of `over_bytes`, as many as a step reads (0: not
+            noted, 256 MiB or four times the last cache level); from_cache: the last cache level holds it.
         core_to_core_ns: one way between two cores; at: Unix time.
     """
 
@@ -35,6 +36,7 @@ class Reading(msgspec.Struct, omit_defaults=True):
     core_to_core_ns: float | None
     at: float
     from_cache: bool = False
+    over_bytes: int = 0
 
 
 class Request(msgspec.Struct, omit_defaults=True):

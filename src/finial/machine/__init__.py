@@ -21,6 +21,7 @@ from finial.machine.memory import Memory, peak_bytes, probe_memory
 from finial.machine.native import (
     Bandwidth,
     Native,
+    Reader,
     bandwidth_bytes,
     measure_bandwidth,
     probe_native,
@@ -38,6 +39,7 @@ __all__ = [
     "Machine",
     "Memory",
     "Native",
+    "Reader",
     "Sources",
     "System",
     "Vulkan",

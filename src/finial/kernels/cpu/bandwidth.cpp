@@ -7,36 +7,43 @@
 #include <vector>
 
 #include "kernels.h"
-#include "memory.h"
 #include "threads.h"
 
 namespace finial {
 
-double read_bandwidth(int threads, int64_t bytes, double seconds) {
-  const int64_t count = bytes / static_cast<int64_t>(sizeof(float));
-  if (threads < 1 || count < 4096 || !(seconds >= 0) || seconds > 600)
-    throw std::runtime_error("read_bandwidth: threads must be at least 1, bytes at least 16384, seconds 0 to 600");
-  const Kernels* kernels = find_kernels("");
-  Pool pool(threads);
-  Memory buffer(static_cast<size_t>(count) * sizeof(float), Pages::Huge);
-  constexpr int64_t UNIT = 1024;  // floats: a page, so that no two threads touch one
-  std::vector<float> sums(static_cast<size_t>(threads) * 16);
-  pool.run([&](int thread) {  // written by the thread that reads it: the page lands on its memory node
-    const Range part = share(count, thread, threads, UNIT);
-    std::memset(buffer.floats() + part.begin, 1, static_cast<size_t>(part.end - part.begin) * sizeof(float));
+namespace {
+
+constexpr int64_t UNIT = 1024;  // floats: a page, so that no two threads touch one
+
+}  // namespace
+
+Reader::Reader(int threads, int64_t bytes) : threads_(threads), count_(bytes / static_cast<int64_t>(sizeof(float))) {
+  if (threads < 1 || count_ < 4096)
+    throw std::runtime_error("Reader: threads must be at least 1, bytes at least 16384");
+  buffer_ = Memory(static_cast<size_t>(count_) * sizeof(float), Pages::Huge);
+  Pool(threads).run([&](int thread) {  // written by the thread that reads it: the page lands on its memory node
+    const Range part = share(count_, thread, threads_, UNIT);
+    std::memset(buffer_.floats() + part.begin, 1, static_cast<size_t>(part.end - part.begin) * sizeof(float));
   });
+}
+
+double Reader::gb_s(double seconds) {
+  if (!(seconds >= 0) || seconds > 600) throw std::runtime_error("Reader.gb_s: seconds must be 0 to 600");
+  const Kernels* kernels = find_kernels("");
+  Pool pool(threads_);
+  std::vector<float> sums(static_cast<size_t>(threads_) * 16);
   using Clock = std::chrono::steady_clock;
   const Clock::time_point first = Clock::now();
   double best = 1e300;
   for (int pass = 0; pass < 3 || std::chrono::duration<double>(Clock::now() - first).count() < seconds; ++pass) {
     const Clock::time_point start = Clock::now();
     pool.run([&](int thread) {
-      const Range part = share(count, thread, threads, UNIT);
-      sums[static_cast<size_t>(thread) * 16] += kernels->read(buffer.floats() + part.begin, part.end - part.begin);
+      const Range part = share(count_, thread, threads_, UNIT);
+      sums[static_cast<size_t>(thread) * 16] += kernels->read(buffer_.floats() + part.begin, part.end - part.begin);
     });
     best = std::min(best, std::chrono::duration<double>(Clock::now() - start).count());
   }
-  return static_cast<double>(count) * sizeof(float) / best / 1e9;
+  return static_cast<double>(count_) * sizeof(float) / best / 1e9;
 }
 
 double peak_flops(int threads, Rounding kind, double seconds) {

@@ -4,12 +4,25 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "memory.h"
 
 namespace finial {
 
-// Fastest of as many passes as fit into `seconds` (at least 3) over a buffer of `bytes`, each thread reading its own
-// contiguous part with the widest loads, large pages where the system grants them. In 1e9 bytes per second.
-double read_bandwidth(int threads, int64_t bytes, double seconds);
+// A buffer that threads read, each its own contiguous part with the widest loads, in large pages where the system
+// grants them.
+class Reader {
+ public:
+  // Takes the memory. Throws std::runtime_error for no thread or fewer than 16 KiB, std::bad_alloc.
+  Reader(int threads, int64_t bytes);
+
+  // 1e9 bytes per second: the fastest of as many passes as fit into `seconds` (0 to 600; at least 3).
+  double gb_s(double seconds);
+
+ private:
+  int threads_;
+  int64_t count_;  // floats
+  Memory buffer_;
+};
 
 // GFLOP/s (1e9) that the multiply-add instruction for inputs rounded like this reaches on registers: the fastest of
 // several passes. Throws std::invalid_argument where the instruction set in use has none.
