@@ -81,7 +81,7 @@ struct Q4 {
 
 constexpr float LEAST = 7.9e-31f;          // about 2^-100: a block of this scale is zero to any result that matters
 constexpr uint32_t DROPPED = 1u << 19;     // the bits of a float below five significant ones
-constexpr float INFINITE = 1.2980742e33f;  // 2^110: what is as large has no `magic`, and counts as infinite
+constexpr float TOO_LARGE = 1.2980742e33f;  // 2^110: what is as large has no `magic`, and counts as infinite
 constexpr float MAGIC = 12582912.0f;       // 1.5 2^23
 
 // The scale of a block whose largest magnitude this is, as bits.
@@ -111,7 +111,7 @@ FINIAL_INLINE void round_block(const float* x, Int8Block* out) {
     top = max(top, absolute(a));
     poison = fma(a, zero(), poison);  // NaN where an activation is not finite: it must reach the result
   }
-  const float most = largest(top), scale = scale_of(most), finite = sum(poison) + (most < INFINITE ? 0.0f : NAN);
+  const float most = largest(top), scale = scale_of(most), finite = sum(poison) + (most < TOO_LARGE ? 0.0f : NAN);
   const V by = set1(scale >= LEAST ? 1.0f / scale : 0.0f);
   for (int i = 0; i < 32; i += W) store_i8(out->q + i, mul(load(x + i), by));
   out->scale = (scale >= LEAST ? scale : 1.0f) + finite;
@@ -142,7 +142,7 @@ void round_blocks(const float* x, Int8Block* out, int64_t step, int64_t n) {
   alignas(64) float scale[W], by[W], minimum[W], magic[W];
   alignas(64) int32_t offsets[2][W];
   store(by, _mm512_maskz_div_ps(counts, set1(1), rounded));
-  const __mmask16 finite = _mm512_cmplt_epi32_mask(top, _mm512_castps_si512(set1(INFINITE)));
+  const __mmask16 finite = _mm512_cmplt_epi32_mask(top, _mm512_castps_si512(set1(TOO_LARGE)));
   const V scales = _mm512_mask_mov_ps(set1(NAN), finite, _mm512_mask_mov_ps(set1(1), counts, rounded));
   store(scale, scales);
   store(magic, scale_by_power(set1(MAGIC), exponent(scales)));
