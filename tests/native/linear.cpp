@@ -87,7 +87,10 @@ void test_unusual(Report& report, const Kernels* kernels, Format format) {
     x[static_cast<size_t>(4 * IN + i)] *= 1e-36f;
     x[static_cast<size_t>(5 * IN + i)] *= 1e33f;
     x[static_cast<size_t>(7 * IN + i)] *= 1e-42f;
+    x[static_cast<size_t>(8 * IN + i)] *= 3e32f;
   }
+  const float large = std::ldexp(1.0f, 110);  // as infinite as infinity (packed.h)
+  x[9 * IN] = large, x[10 * IN + 33] = std::nextafter(large, 0.0f);
   x[12 * IN] = INFINITY, x[14 * IN + 40] = NAN, x[60 * IN] = -INFINITY;
   const auto product = [&](int64_t first, int64_t rows, int threads) {
     Program program(std::make_shared<Pool>(threads), kernels);
@@ -113,9 +116,12 @@ void test_unusual(Report& report, const Kernels* kernels, Format format) {
   report.expect(different == 0, name + std::to_string(different) + " differ in company");
   report.expect(numbers > OUT * ROWS / 2, name + std::to_string(numbers) + " finite");
   bool spread = true;
-  for (int64_t t : {12, 14, 60})
+  for (int64_t t : {9, 12, 14, 60})
     for (int64_t o = 4; o < 34; ++o) spread &= std::isnan(together[static_cast<size_t>(t * OUT + o)]);
   report.expect(spread || kernels->rounding(format) != Rounding::INT8, name + "a row's NaN must reach its results");
+  bool below = true;
+  for (int64_t o = 4; o < 34; ++o) below &= !std::isnan(together[static_cast<size_t>(10 * OUT + o)]);
+  report.expect(below, name + "what is just below 2^110 is a number");
 }
 
 // Products that share a normalised input, one of them gated by another, to one of them something added: the same bits

@@ -79,10 +79,10 @@ struct Q4 {
   FINIAL_INLINE I dot(I acc, I w, I x) { return dot_q4(acc, w, x); }
 };
 
-constexpr float LEAST = 7.9e-31f;          // about 2^-100: a block of this scale is zero to any result that matters
-constexpr uint32_t DROPPED = 1u << 19;     // the bits of a float below five significant ones
+constexpr float LEAST = 7.9e-31f;           // about 2^-100: a block of this scale is zero to any result that matters
+constexpr uint32_t DROPPED = 1u << 19;      // the bits of a float below five significant ones
 constexpr float TOO_LARGE = 1.2980742e33f;  // 2^110: what is as large has no `magic`, and counts as infinite
-constexpr float MAGIC = 12582912.0f;       // 1.5 2^23
+constexpr float MAGIC = 12582912.0f;        // 1.5 2^23
 
 // The scale of a block whose largest magnitude this is, as bits.
 FINIAL_INLINE float scale_of(float most) {
