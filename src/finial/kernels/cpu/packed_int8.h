@@ -176,8 +176,10 @@ void round_blocks(const float* x, Int8Block* out, int64_t step, int64_t n) {
 void round_int8(const float* x, int64_t n_in, int64_t rows, uint8_t* tile) {
 #if defined(FINIAL_AVX512)
   if (n_in == 32)  // of each row one block
-    for (; rows >= TOGETHER; rows -= W, x += 32 * W, tile += W * sizeof(Int8Block))
-      round_blocks(x, reinterpret_cast<Int8Block*>(tile), 1, rows < W ? rows : W);
+    for (int64_t n; rows >= TOGETHER; rows -= n, x += 32 * n, tile += n * static_cast<int64_t>(sizeof(Int8Block))) {
+      n = rows < W ? rows : W;
+      round_blocks(x, reinterpret_cast<Int8Block*>(tile), 1, n);
+    }
 #endif
   for (int64_t row = 0; row < rows; ++row, x += n_in) {
     Int8Block* out = reinterpret_cast<Int8Block*>(tile) + row;

@@ -190,9 +190,9 @@ FINIAL_INLINE void meet_few(const uint8_t* w, const Int8Block* x, int64_t blocks
 // What is asked for with a block is asked for evenly: all at once keeps the weights waiting for a way into the
 // first-level cache, so that reading and arithmetic take turns. With tile registers 2 to 6 rows of q4_0 take 0.79 to
 // 0.91 of the time so, 4 rows of q8_0 0.95, 8 rows of both 0.85, 12 rows 0.90 and 0.93, 16 0.90 and 0.96 (one thread,
-// 151,936 outputs from memory, in turn). On EPYC Turin one row of q8_0 takes 0.96 where two
-// threads read 53 GB/s and 0.90 where they read 84, of which it then reads 82, 2 and 6 to 12 rows 0.91 to 0.95, more
-// rows of q4_0 as long as before, 1 to 6 so too, but 1.01 to 1.05 in the second-level cache: these do not.
+// 151,936 outputs from memory, in turn). On EPYC Turin one row of q8_0 takes 0.96 where two threads read 53 GB/s and
+// 0.90 where they read 84, of which it then reads 82; 2 and 6 to 12 rows 0.91 to 0.95. Rows of q4_0 take as long as
+// before, 1 to 6 in the second-level cache 1.01 to 1.05: these do not. Not measured on EPYC Genoa and Ice Lake.
 template <class Q, int ROWS>
 void few_int8(const uint8_t* FINIAL_RESTRICT w, const Int8Block* FINIAL_RESTRICT x, int64_t blocks,
               float* FINIAL_RESTRICT c) {
