@@ -26,6 +26,7 @@ from finial import LLM, FinialError, SamplingParams
 from finial.engine.sampling import greedy, log_softmax
 from finial.errors import BackendError, ModelError, RequestError
 from finial.loading import size_cache, trim_heap
+from finial.roofline import MOST_BYTES, measure_read, step_reads
 
 DEMO = Path(str(files("finial") / "demo"))
 PROMPT = "ROMEO:\nBut, soft! what light"
@@ -478,3 +479,11 @@ with LLM("demo", backend="cpu", max_batch=1) as llm:
 def test_the_first_request_loads_no_module() -> None:
     done = subprocess.run([sys.executable, "-c", _NEW_MODULES], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []  # somebody waits for its first token
+
+
+def test_the_bandwidth_of_a_loaded_model_is_of_what_its_step_reads() -> None:
+    with LLM("demo", backend="cpu") as llm:
+        reads = step_reads(llm, rows=1, length=50)
+        small, large = (measure_read(llm, n, seconds=0.01) for n in (reads, 4 * MOST_BYTES))
+    assert small is not None and small.over_bytes == reads and small.gb_s > 0.1
+    assert large is not None and large.over_bytes <= MOST_BYTES and not large.in_cache
