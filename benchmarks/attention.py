@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace, rows: int, depth: int) -> dict[str, float 
     step = feeds(rows, depth, args.heads, args.kv_heads, args.head_dim, args.page_size, pages)
     multiplies = CpuBackend(args.threads).attention_precision(args.kv)
     peak = _native.peak_flops(args.threads, multiplies, 0.1)
-    reader = _native.Reader(args.threads, max(nbytes * layers, 1 << 20))
+    reader = _native.BandwidthProbe(args.threads, max(nbytes * layers, 1 << 20))
     before = reader.gb_s(0.2)
     samples: list[float] = []
     start = time.perf_counter()

@@ -586,10 +586,10 @@ def test_peak_flops() -> None:
 
 def test_read_bandwidth() -> None:
     for threads in (1, 2):
-        reader = _native.Reader(threads, 64 << 20)
+        reader = _native.BandwidthProbe(threads, 64 << 20)
         assert all(0.1 < reader.gb_s(0.02) < 10_000 for _ in range(2))
     for bad in ((0, 1 << 20), (1, 8)):
-        with pytest.raises(RuntimeError, match="Reader: threads"):
-            _native.Reader(*bad)
+        with pytest.raises(RuntimeError, match="BandwidthProbe: threads"):
+            _native.BandwidthProbe(*bad)
     with pytest.raises(RuntimeError, match="seconds"):
         reader.gb_s(float("nan"))

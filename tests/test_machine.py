@@ -436,7 +436,7 @@ def test_buffer_for_bandwidth_is_as_large_as_what_a_step_reads(tmp_path: Path) -
 
 
 def test_a_reader_keeps_its_buffer_while_size_and_threads_stay() -> None:
-    reader = machine.Reader()
+    reader = machine.BandwidthProbe()
     first = reader.measure(1, 4 << 20, 0.01)
     buffer = reader._native
     assert first.read_gb_s and reader.measure(1, 4 << 20, 0.01).read_gb_s and reader._native is buffer

@@ -18,7 +18,7 @@ from finial.llm import LLM
 from finial.machine import Sources, bandwidth_bytes, measure_bandwidth, probe_cpu, probe_memory, probe_native
 from finial.models.decoder import build_graph, constants
 
-SECONDS = 0.3  # several hundred passes over the demo's weights, fifty over 512 MiB
+SECONDS = 0.3  # several hundred passes over the demo's weights, some thirty over 512 MiB at 50 GB/s
 MOST_BYTES = 512 << 20  # of a buffer beside a loaded model: taking 1 GB costs seconds where a host has to find it first
 
 

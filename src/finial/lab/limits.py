@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finial.machine import Reader, Sources, bandwidth_bytes, probe_cpu, probe_memory
+from finial.machine import BandwidthProbe, Sources, bandwidth_bytes, probe_cpu, probe_memory
 
 SOURCE = Path(__file__).with_name("probe.c")
 SECONDS = 0.15  # a dozen passes over the buffer
@@ -34,7 +34,7 @@ class Probe:
     def __init__(self, cache: Path) -> None:
         self._library, self.error = _build(cache)
         self._cpus = _cpus()
-        self._cpu, self._reader = probe_cpu(Sources()), Reader()
+        self._cpu, self._bandwidth = probe_cpu(Sources()), BandwidthProbe()
         self._sizes: dict[int, int] = {}  # of the buffer for so many bytes
 
     def now(self, threads: int, nbytes: int = 0) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Probe:
         cached = 0 < nbytes <= self._cpu.last_level_bytes
         if nbytes not in self._sizes:
             self._sizes[nbytes] = bandwidth_bytes(self._cpu, probe_memory(Sources()), nbytes)
-        read = self._reader.measure(threads, self._sizes[nbytes], SECONDS / 3 if cached else SECONDS)
+        read = self._bandwidth.measure(threads, self._sizes[nbytes], SECONDS / 3 if cached else SECONDS)
         now = {"read_gb_s": read.read_gb_s, "core_to_core_ns": self._latency(), "at": round(time.time(), 2)}
         return {**now, "from_cache": cached, "over_bytes": self._sizes[nbytes]}
 

@@ -20,8 +20,8 @@ from finial.machine.gpu import Gpu, Vulkan, probe_gpus, probe_vulkan
 from finial.machine.memory import Memory, peak_bytes, probe_memory
 from finial.machine.native import (
     Bandwidth,
+    BandwidthProbe,
     Native,
-    Reader,
     bandwidth_bytes,
     measure_bandwidth,
     probe_native,
@@ -31,6 +31,7 @@ from finial.machine.sources import Sources, read
 
 __all__ = [
     "Bandwidth",
+    "BandwidthProbe",
     "Cache",
     "Counter",
     "Cpu",
@@ -39,7 +40,6 @@ __all__ = [
     "Machine",
     "Memory",
     "Native",
-    "Reader",
     "Sources",
     "System",
     "Vulkan",

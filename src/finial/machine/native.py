@@ -72,7 +72,7 @@ def bandwidth_bytes(cpu: Cpu, memory: Memory, reads: int = 0) -> int:
     return min(wanted, max(16 * _MIB, room))
 
 
-class Reader:
+class BandwidthProbe:
     """Measures read bandwidth, over one buffer for as long as its size and the threads stay.  Never raises."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class Reader:
         try:
             if self._of != (threads, nbytes):
                 self._of = self._native = None  # the old buffer goes before the new one comes
-                self._native = _module().Reader(threads, nbytes)
+                self._native = _module().BandwidthProbe(threads, nbytes)
                 self._of = threads, nbytes
             return Bandwidth(threads, round(float(self._native.gb_s(seconds)), 2), "")
         except (ImportError, RuntimeError, ValueError, MemoryError) as error:
@@ -93,7 +93,7 @@ class Reader:
 
 def measure_bandwidth(threads: Sequence[int], nbytes: int, seconds: float = 0.3) -> tuple[Bandwidth, ...]:
     """One measurement per number of threads, each about `seconds` long.  Never raises."""
-    return tuple(Reader().measure(count, nbytes, seconds) for count in threads)
+    return tuple(BandwidthProbe().measure(count, nbytes, seconds) for count in threads)
 
 
 def thread_steps(usable: int) -> tuple[int, ...]:

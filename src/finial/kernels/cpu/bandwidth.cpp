@@ -17,9 +17,10 @@ constexpr int64_t UNIT = 1024;  // floats: a page, so that no two threads touch 
 
 }  // namespace
 
-Reader::Reader(int threads, int64_t bytes) : threads_(threads), count_(bytes / static_cast<int64_t>(sizeof(float))) {
+BandwidthProbe::BandwidthProbe(int threads, int64_t bytes)
+    : threads_(threads), count_(bytes / static_cast<int64_t>(sizeof(float))) {
   if (threads < 1 || count_ < 4096)
-    throw std::runtime_error("Reader: threads must be at least 1, bytes at least 16384");
+    throw std::runtime_error("BandwidthProbe: threads must be at least 1, bytes at least 16384");
   buffer_ = Memory(static_cast<size_t>(count_) * sizeof(float), Pages::Huge);
   Pool(threads).run([&](int thread) {  // written by the thread that reads it: the page lands on its memory node
     const Range part = share(count_, thread, threads_, UNIT);
@@ -27,8 +28,8 @@ Reader::Reader(int threads, int64_t bytes) : threads_(threads), count_(bytes / s
   });
 }
 
-double Reader::gb_s(double seconds) {
-  if (!(seconds >= 0) || seconds > 600) throw std::runtime_error("Reader.gb_s: seconds must be 0 to 600");
+double BandwidthProbe::gb_s(double seconds) {
+  if (!(seconds >= 0) || seconds > 600) throw std::runtime_error("BandwidthProbe.gb_s: seconds must be 0 to 600");
   const Kernels* kernels = find_kernels("");
   Pool pool(threads_);
   std::vector<float> sums(static_cast<size_t>(threads_) * 16);

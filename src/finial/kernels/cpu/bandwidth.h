@@ -10,10 +10,10 @@ namespace finial {
 
 // A buffer that threads read, each its own contiguous part with the widest loads, in large pages where the system
 // grants them.
-class Reader {
+class BandwidthProbe {
  public:
   // Takes the memory. Throws std::runtime_error for no thread or fewer than 16 KiB, std::bad_alloc.
-  Reader(int threads, int64_t bytes);
+  BandwidthProbe(int threads, int64_t bytes);
 
   // 1e9 bytes per second: the fastest of as many passes as fit into `seconds` (0 to 600; at least 3).
   double gb_s(double seconds);

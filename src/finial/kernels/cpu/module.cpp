@@ -305,9 +305,9 @@ NB_MODULE(_native, m) {
       },
       "dtype"_a, "isa"_a = "",
       "What attention over a cache of this dtype rounds scaled queries and weights to: f32 (not at all) or bf16.");
-  nb::class_<Reader>(m, "Reader", "A buffer of `bytes` that so many threads read.")
+  nb::class_<BandwidthProbe>(m, "BandwidthProbe", "A buffer of `bytes` that so many threads read.")
       .def(nb::init<int, int64_t>(), "threads"_a, "bytes"_a, nb::call_guard<nb::gil_scoped_release>())
-      .def("gb_s", &Reader::gb_s, "seconds"_a, nb::call_guard<nb::gil_scoped_release>(),
+      .def("gb_s", &BandwidthProbe::gb_s, "seconds"_a, nb::call_guard<nb::gil_scoped_release>(),
            "Measured read bandwidth in GB/s (1e9): the fastest of several passes.");
   m.def(
       "peak_flops",

@@ -40,8 +40,8 @@ FINIAL_INLINE void add_block(const I (&w)[8][PANEL_VECTORS], const Scale& scale,
   for (int r = 0; r < N; ++r)
     for (int v = 0; v < PANEL_VECTORS; ++v)
       for (int s = 0; s < SPLIT; ++s) {
-        const I zero = s == SPLIT - 1 ? Scale::start(x[r]) : start_q4(0);
-        sums[r][s][v] = s == 0 ? add_i(Q::start(x[r]), zero) : zero;
+        const I start = s == SPLIT - 1 ? Scale::start(x[r]) : start_q4(0);
+        sums[r][s][v] = s == 0 ? add_i(Q::start(x[r]), start) : start;
       }
   for (int j = 0; j < 8; j += SPLIT)
     for (int r = 0; r < N; ++r)

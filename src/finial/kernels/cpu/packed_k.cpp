@@ -52,7 +52,7 @@ template <class K, int ODD>
 FINIAL_INLINE void add_group(const uint8_t* pair, const typename K::Factors& f, int group, const Int8Block& x,
                              V (&acc)[NV]) {
   I low[NV], high[NV], w[NV][4];
-  for (int v = 0; v < NV; ++v) K::start(x, low[v], high[v]);
+  for (int v = 0; v < NV; ++v) K::template start<Multiplied>(x, low[v], high[v]);
   for (int v = 0; v < NV; ++v) K::template quads<ODD, 0>(pair, v, w[v]);
   half_sums<K, 0>(w, x, low);
   for (int v = 0; v < NV; ++v) K::template quads<ODD, 1>(pair, v, w[v]);
@@ -116,7 +116,7 @@ template <class K, int ODD, int N>
 FINIAL_INLINE void add_few(const uint8_t*& pair, const typename K::Factors& f, int group, int v, const Int8Block*& x,
                            float* c) {
   I low[N], high[N], w[4];
-  for (int r = 0; r < N; ++r) K::start(x[r], low[r], high[r]);
+  for (int r = 0; r < N; ++r) K::template start<Multiplied>(x[r], low[r], high[r]);
   K::template quads<ODD, 0>(pair, v, w);
   for (I& q : w) keep_in_register(q);
   add_half_group<K, 0, N>(w, x, low);
@@ -180,7 +180,7 @@ template <class K, int N, class Scale>
 FINIAL_INLINE void add_rows(const Levels32<K>& g, const Scale& scales, const Int8Block* x, float* c) {
   I low[N][NV], high[N][NV];
   for (int r = 0; r < N; ++r) {
-    for (int v = 0; v < NV; ++v) K::template start_scaled<Scale>(x[r], low[r][v], high[r][v]);
+    for (int v = 0; v < NV; ++v) K::template start<Scale>(x[r], low[r][v], high[r][v]);
     half_sums<K, 0>(g.w[0], x[r], low[r]);
     half_sums<K, 1>(g.w[1], x[r], high[r]);
   }

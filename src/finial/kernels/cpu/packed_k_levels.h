@@ -42,12 +42,11 @@ struct Scaled {
     scale = mul(f.d[v], load_i8(at)), second = mul(f.least[v], load_i8(at + GROUPS * PANEL));
   }
 
-  FINIAL_INLINE void start(const Int8Block&, I& low, I& high) { low = high = start_q4(0); }
-  FINIAL_INLINE V scaled(V, V scale) { return scale; }
   template <class Scale>
-  FINIAL_INLINE void start_scaled(const Int8Block& x, I& low, I& high) {
+  FINIAL_INLINE void start(const Int8Block& x, I& low, I& high) {
     low = start_q4(0), high = Scale::start(x);
   }
+  FINIAL_INLINE V scaled(V, V scale) { return scale; }
   template <class Scale>
   FINIAL_INLINE V add(const typename Scale::Row& row, I low, I high, V, V second, V product, const Int8Block& x,
                       V acc) {
@@ -101,15 +100,12 @@ struct Q6K {
   FINIAL_INLINE void quads(const uint8_t* pair, int v, I (&q)[4]) {
     load_six(pair + ODD * GROUP + PANEL * 2 + 3 * HALF * QUAD + v * W * 4, QUAD, q);
   }
+  template <class Scale>
   FINIAL_INLINE void start(const Int8Block& x, I& low, I& high) {  // a level's bias of 32
-    low = start_q4(4 * x.first), high = start_q4(4 * (x.offset - x.first));
+    low = add_i(start_q4(4 * x.first), Scale::start(x));
+    high = add_i(start_q4(4 * (x.offset - x.first)), Scale::start(x));
   }
   FINIAL_INLINE V scaled(V d, V) { return d; }
-  template <class Scale>
-  FINIAL_INLINE void start_scaled(const Int8Block& x, I& low, I& high) {
-    start(x, low, high);
-    low = add_i(low, Scale::start(x)), high = add_i(high, Scale::start(x));
-  }
   template <class Scale>
   FINIAL_INLINE V add(const typename Scale::Row& row, I low, I high, V scale, V second, V product, const Int8Block&,
                       V acc) {
